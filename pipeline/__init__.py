@@ -1,0 +1,1 @@
+"""Millrace: streaming time-series forecasting on Kafka."""

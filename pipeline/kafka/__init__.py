@@ -1,0 +1,1 @@
+"""Adapters to the broker: the only place that imports a Kafka client."""

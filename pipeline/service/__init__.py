@@ -1,0 +1,1 @@
+"""The programs: what connects the core to the broker and to people."""

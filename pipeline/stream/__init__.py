@@ -1,0 +1,1 @@
+"""The pure core: columns in, columns out; time is an argument."""
