@@ -1,8 +1,8 @@
 """The contract between the stream and every forecaster.
 
-A forecaster owns no memory. It declares the state columns it needs per sensor; the caller keeps them in a table, hands over the
-rows of the sensors whose windows have closed, and stores the rows back. So one forecaster serves live traffic, catch-up, training
-and backtests alike, and its whole state can be checkpointed without asking it.
+A forecaster owns no memory. It declares the state columns it needs per sensor; the caller keeps them in a table, hands
+over the rows of the sensors whose windows have closed, and stores the rows back. So one forecaster serves live traffic,
+catch-up, training and backtests alike, and its whole state can be checkpointed without asking it.
 
     rows (B sensors) + block (B x T steps) --SeriesMemory.advance--> Context --Forecaster.advance--> Prediction
 
@@ -62,8 +62,8 @@ class SeriesSpec:
 
 @dataclass(frozen=True, slots=True)
 class StepBlock:
-    """T consecutive steps of each of B sensors, padded on the right. No reset falls inside a block: the caller cuts there and
-    refills the reset rows first."""
+    """T consecutive steps of each of B sensors, padded on the right. No reset falls inside a block: the caller cuts
+    there and refills the reset rows first."""
 
     values: NDArray[np.float64]
     """(B, T, C) raw units; NaN = missing (all NaN in a window without readings)."""
@@ -100,5 +100,5 @@ class Forecaster(Protocol):
     def advance(self, rows: Rows, block: StepBlock, context: Any) -> Prediction:
         """Consume the block and forecast at each of its steps.
 
-        Guarantees: the outcome for a sensor does not depend on the others in the block, nor on how its steps were cut into blocks
-        (up to float32 rounding); padding changes nothing; `rows` is updated in place."""
+        Guarantees: the outcome for a sensor does not depend on the others in the block, nor on how its steps were cut
+        into blocks (up to float32 rounding); padding changes nothing; `rows` is updated in place."""

@@ -1,0 +1,242 @@
+"""What is remembered of a series, and what forecasters are shown of it.
+
+`SeriesMemory` keeps the last steps of each sensor and its running scale; `advance` turns a block of steps into a
+`Context`, in which everything is as of each step: nothing in it depends on later steps, on other sensors, or on how the
+steps were cut into blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.forecaster import Column, Rows, SeriesSpec, StepBlock
+from models.scaling import RunningScale
+
+Float32 = NDArray[np.float32]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+CLIP = 8.0
+"""Scaled inputs beyond +-8 say "far out" and no more."""
+LARGEST = 1e37
+"""Values are held within what float32 outputs can carry; squares stay far inside float64."""
+LEAD_KNOTS = 8
+
+
+@dataclass(frozen=True)
+class Context:
+    """A block as forecasters see it: B sensors, T steps, C channels, K targets; R steps of history before the block."""
+
+    spec: SeriesSpec
+    end_ms: NDArray[np.int64]
+    """(B, T)"""
+    values: Float64
+    """(B, T, C) raw units; NaN = missing, and in padding."""
+    observed: Bool
+    """(B, T, C)"""
+    last: Float64
+    """(B, T, K) the value observed last, carried forward; NaN if none since the last reset."""
+    mean: Float64
+    """(B, T, C) running mean."""
+    channel_scale: Float64
+    """(B, T, C) running standard deviation, never 0."""
+    steps: NDArray[np.int32]
+    """(B, T) steps consumed since the state began or was last reset, this one included."""
+    origin: Float64
+    """(B, C) what `history` is measured from; NaN if nothing was observed yet."""
+    history: Float32
+    """(B, R + T, C) value - origin of the R steps before the block and of the block; NaN = missing or before the
+    beginning."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.steps.shape[0], self.steps.shape[1]
+
+    @cached_property
+    def z(self) -> Float32:
+        """(B, T, C) scaled and clipped to +-8; 0 where missing."""
+        return _scaled(self.values, self.mean, self.channel_scale)
+
+    @cached_property
+    def scale(self) -> Float64:
+        """(B, T, K) the targets' running standard deviation."""
+        return self.channel_scale[..., self._targets]
+
+    @cached_property
+    def target_values(self) -> Float64:
+        """(B, T, K) NaN = missing."""
+        return self.values[..., self._targets]
+
+    @cached_property
+    def season_known(self) -> Bool:
+        """(B, T) True once a whole season (the shortest) was consumed."""
+        if not self.spec.seasons:
+            return np.zeros(self.shape, np.bool_)
+        return self.steps >= self.spec.seasons[0]
+
+    def season_values(self, leads: Sequence[int] | None = None) -> Float64:
+        """(B, T, len(leads), K) what the shortest season said for each lead (1..H unless told): the value at t + h - S
+        ceil(h/S).
+
+        Falls back to the last value where that step is missing or unknown, and without a season; NaN where `last` is.
+        """
+        lead = np.asarray(range(1, self.spec.horizon + 1) if leads is None else leads)
+        last = self.last[:, :, None, :]
+        if not self.spec.seasons:
+            return np.repeat(last, len(lead), axis=2)
+        season = self.spec.seasons[0]
+        values = self._at(lead - season * -(-lead // season))
+        return np.where(np.isnan(values), last, values)
+
+    def lagged(self, lag: int) -> Float64:
+        """(B, T, K) the targets `lag` steps ago; NaN = missing or before the beginning. lag <= R."""
+        return self._at(np.array([-lag]))[:, :, 0]
+
+    def differences(self) -> Float32:
+        """(B, T, C) step to step, in scale, clipped; 0 where either is missing."""
+        before = self.history.shape[1] - self.shape[1]
+        change = self.history[:, before:] - self.history[:, before - 1 : -1]
+        return _clipped(change / self.channel_scale)
+
+    def calendar(self) -> Float32:
+        """(B, T, 2 * seasons) sine and cosine of the window end's phase in each season."""
+        period_ms = np.array([season * self.spec.step_ms for season in self.spec.seasons], np.int64)
+        phase = (
+            2 * np.pi * (self.end_ms[..., None] % period_ms) / period_ms
+            if len(period_ms)
+            else np.empty((*self.shape, 0))
+        )
+        return np.concatenate([np.sin(phase), np.cos(phase)], axis=2, dtype=np.float32, casting="same_kind")
+
+    def window(self, steps: int) -> Float32:
+        """(B, T, steps, C) the last values in the scale of now, oldest first; 0 where missing. steps <= R + 1."""
+        before = self.history.shape[1] - self.shape[1]
+        positions = np.arange(before, before + self.shape[1])[:, None] + np.arange(1 - steps, 1)
+        centre = (self.mean - self.origin[:, None])[:, :, None, :]
+        return _clipped((self.history[:, positions] - centre) / self.channel_scale[:, :, None, :])
+
+    @property
+    def _targets(self) -> Any:
+        """A slice where all channels are targets, so that picking them copies nothing."""
+        everything = self.spec.targets == tuple(range(len(self.spec.channels)))
+        return slice(None) if everything else list(self.spec.targets)
+
+    def _at(self, offsets: NDArray[np.int64]) -> Float64:
+        """(B, T, n, K) targets at so many steps from each step; NaN = missing."""
+        before = self.history.shape[1] - self.shape[1]
+        positions = np.arange(before, before + self.shape[1])[:, None] + offsets
+        found = np.take(self.history[..., self._targets], positions, axis=1).astype(np.float64)
+        found += self.origin[:, None, None, self._targets]
+        return found
+
+
+class SeriesMemory:
+    """The columns every forecaster shares: a ring of the last steps, the last value, the running scale."""
+
+    def __init__(self, spec: SeriesSpec, ring_steps: int | None = None) -> None:
+        self.spec = spec
+        self.ring_steps = max(1, *spec.seasons, ring_steps or 1)
+        self.scaling = RunningScale(len(spec.channels))
+
+    def columns(self) -> tuple[Column, ...]:
+        channels = len(self.spec.channels)
+        return (
+            # The ring is kept as float32 distances from a float64 origin: half the bytes, and 1e9 + small keeps its
+            # small part.
+            Column("memory.ring", (self.ring_steps, channels), np.dtype(np.float32), fill=np.nan),
+            Column("memory.origin", (channels,), np.dtype(np.float64), fill=np.nan),
+            Column("memory.last", (len(self.spec.targets),), np.dtype(np.float64), fill=np.nan),
+            Column("memory.steps", (), np.dtype(np.int32)),
+            *self.scaling.columns(),
+        )
+
+    def advance(self, rows: Rows, block: StepBlock) -> Context:
+        """Consume a block: rows are updated in place, the Context says what was known at each step."""
+        observed = np.isfinite(block.values) & block.live[..., None]
+        values = np.where(observed, np.clip(block.values, -LARGEST, LARGEST), np.nan)
+        mean, scale = self.scaling.advance(rows, values, observed)
+        origin = rows["memory.origin"]
+        origin[:] = np.where(np.isnan(origin), _first(values, observed), origin)
+        history = self._remember(rows, values - origin[:, None], block.live)
+        targets = list(self.spec.targets)
+        last = _carried(rows["memory.last"], values[..., targets], observed[..., targets])
+        rows["memory.last"][:] = last[:, -1]
+        steps = rows["memory.steps"][:, None] + np.cumsum(block.live, axis=1, dtype=np.int32)
+        rows["memory.steps"][:] = steps[:, -1]
+        return Context(self.spec, block.end_ms, values, observed, last, mean, scale, steps, origin, history)
+
+    def _remember(self, rows: Rows, distance: Float64, live: Bool) -> Float32:
+        ring = rows["memory.ring"]
+        history = np.concatenate([ring, distance.astype(np.float32)], axis=1)
+        if live.all():
+            ring[:] = history[:, -self.ring_steps :]
+        else:
+            newest = live.sum(axis=1)[:, None] + np.arange(self.ring_steps)
+            ring[:] = np.take_along_axis(history, newest[..., None], axis=1)
+        return history
+
+
+def lead_knots(horizon: int) -> tuple[int, ...]:
+    """About 8 leads from 1 to H at which the season is shown to a network; it interpolates.
+
+    >>> lead_knots(24)
+    (1, 4, 8, 11, 14, 17, 21, 24)
+    >>> lead_knots(3)
+    (1, 2, 3)
+    """
+    return tuple(np.unique(np.round(np.linspace(1, horizon, min(horizon, LEAD_KNOTS))).astype(int)).tolist())
+
+
+def input_size(spec: SeriesSpec) -> int:
+    """F of `rnn_inputs`."""
+    season = len(spec.targets) * len(lead_knots(spec.horizon)) + 1 if spec.seasons else 0
+    return 3 * len(spec.channels) + season + 2 * len(spec.seasons)
+
+
+def rnn_inputs(context: Context) -> Float32:
+    """(B, T, F): scaled values, whether observed, first differences; what the season says at a few leads, from the last
+    value on and in scale, and whether it is known; calendar. A network so knows all that the seasonal naive forecast
+    knows."""
+    batch, steps = context.shape
+    parts = [context.z, context.observed.astype(np.float32), context.differences()]
+    if context.spec.seasons:
+        ahead = context.season_values(lead_knots(context.spec.horizon)) - context.last[:, :, None, :]
+        parts.append(_clipped(ahead / context.scale[:, :, None, :]).reshape(batch, steps, -1))
+        parts.append(context.season_known[..., None].astype(np.float32))
+    return np.concatenate([*parts, context.calendar()], axis=2)
+
+
+def to_float32(values: NDArray[Any]) -> Float32:
+    """Rounded to float32; what lies beyond its range is held at LARGEST, so that finite stays finite."""
+    return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float32)
+
+
+def _scaled(values: Float64, mean: Float64, scale: Float64) -> Float32:
+    return _clipped((values - mean) / scale)
+
+
+def _clipped(scaled: NDArray[Any]) -> Float32:
+    """To +-CLIP, 0 for NaN."""
+    held = np.clip(scaled, -CLIP, CLIP)
+    return np.where(np.isnan(held), 0.0, held).astype(np.float32)
+
+
+def _first(values: Float64, observed: Bool) -> Float64:
+    """(B, C) each channel's first observed value of the block; NaN if there is none."""
+    at = observed.argmax(axis=1)[:, None]
+    return np.asarray(np.take_along_axis(values, at, axis=1)[:, 0], np.float64)
+
+
+def _carried(before: Float64, values: Float64, observed: Bool) -> Float64:
+    """(B, T, K) each step's value, or the newest observed one before it. before: (B, K)."""
+    if values.shape[1] == 1:
+        return np.where(observed, values, before[:, None])
+    step = np.arange(1, values.shape[1] + 1)[:, None]
+    newest = np.maximum.accumulate(np.where(observed, step, 0), axis=1)
+    return np.take_along_axis(np.concatenate([before[:, None], values], axis=1), newest, axis=1)
