@@ -1,0 +1,127 @@
+"""Sensor states as a struct of arrays: one row a sensor, one array a column. Gather rows, step, scatter rows.
+
+What belongs to the partition rather than to a sensor (its stream time) lies beside the rows, so that a snapshot of the table is the
+whole memory of a task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.forecaster import Column, Rows
+
+Slots = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The whole state of a table by value: `SensorTable.restore(table.snapshot())` makes an equal table."""
+
+    sensors: tuple[bytes, ...]
+    rows: dict[str, NDArray[Any]]
+    """Column name -> (sensors, *shape)."""
+    partition: dict[str, NDArray[Any]]
+
+
+class SensorTable:
+    """States of the sensors of one partition.
+
+    >>> table = SensorTable([Column("last", (), np.dtype(np.float64), fill=np.nan)])
+    >>> slots = table.slots([b"pump-1", b"pump-2", b"pump-1"])
+    >>> slots.tolist()
+    [0, 1, 0]
+    >>> rows = table.gather(slots[:2])
+    >>> rows["last"][:] = [20.5, 3.0]
+    >>> table.scatter(slots[:2], rows)
+    >>> table["last"].tolist()
+    [20.5, 3.0]
+    """
+
+    def __init__(self, columns: Iterable[Column], partition_columns: Iterable[Column] = (), capacity: int = 256) -> None:
+        self.columns = {column.name: column for column in columns}
+        self._slot_of: dict[bytes, int] = {}
+        self.sensors: list[bytes] = []
+        """Sensor id of each slot, UTF-8. Slots are given in order of first appearance in the log and never move."""
+        self._arrays = {name: _filled(column, capacity) for name, column in self.columns.items()}
+        self._capacity = capacity
+        self.partition: dict[str, NDArray[Any]] = {
+            column.name: np.full(column.shape, column.fill, column.dtype) for column in partition_columns
+        }
+        """State of the partition as a whole; each value an array of the column's shape."""
+
+    def __len__(self) -> int:
+        return len(self.sensors)
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """The column's live rows, (sensors, *shape): a view, valid until the table grows."""
+        return self._arrays[name][: len(self.sensors)]
+
+    @property
+    def bytes_per_sensor(self) -> int:
+        return sum(column.bytes_per_sensor for column in self.columns.values())
+
+    def slots(self, sensors: Sequence[bytes]) -> Slots:
+        """(n) slot of each sensor; sensors not seen before get the next ones, in the order given."""
+        found = list(map(self._slot_of.get, sensors))
+        if None in found:
+            for sensor in dict.fromkeys(sensor for sensor, slot in zip(sensors, found) if slot is None):
+                self._slot_of[sensor] = len(self.sensors)
+                self.sensors.append(sensor)
+            self._grow(len(self.sensors))
+            found = list(map(self._slot_of.__getitem__, sensors))
+        return np.array(found, np.int32)
+
+    def find(self, sensor: bytes) -> int | None:
+        """The sensor's slot, or None if it was never seen."""
+        return self._slot_of.get(sensor)
+
+    def gather(self, slots: Slots, names: Iterable[str] | None = None) -> Rows:
+        """Copies of the chosen rows; all columns unless named."""
+        return {name: self._arrays[name][slots] for name in (self.columns if names is None else names)}
+
+    def scatter(self, slots: Slots, rows: Rows) -> None:
+        """Store rows back. No slot may appear twice."""
+        for name, values in rows.items():
+            self._arrays[name][slots] = values
+
+    def refill(self, slots: Slots, names: Iterable[str]) -> None:
+        """Forget: set the chosen columns of these sensors to what a new sensor starts with, except those that survive a reset."""
+        for name in names:
+            if not self.columns[name].survives_reset:
+                self._arrays[name][slots] = self.columns[name].fill
+
+    def snapshot(self) -> Snapshot:
+        rows = {name: self[name].copy() for name in self.columns}
+        return Snapshot(tuple(self.sensors), rows, {name: value.copy() for name, value in self.partition.items()})
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Replace the whole content; the columns must be those of the snapshot."""
+        if set(snapshot.rows) != set(self.columns) or set(snapshot.partition) != set(self.partition):
+            raise ValueError(f"snapshot holds columns {sorted(snapshot.rows)}, the table has {sorted(self.columns)}")
+        self.sensors = list(snapshot.sensors)
+        self._slot_of = {sensor: slot for slot, sensor in enumerate(self.sensors)}
+        self._grow(len(self.sensors))
+        for name, values in snapshot.rows.items():
+            self._arrays[name][: len(self.sensors)] = values
+            self._arrays[name][len(self.sensors) :] = self.columns[name].fill
+        self.partition = {name: value.copy() for name, value in snapshot.partition.items()}
+
+    def _grow(self, needed: int) -> None:
+        if needed <= self._capacity:
+            return
+        # Half as much again: at a million sensors a doubled table would be mostly air.
+        self._capacity = max(needed, self._capacity + self._capacity // 2)
+        for name, column in self.columns.items():
+            grown = _filled(column, self._capacity)
+            old = self._arrays[name]
+            grown[: len(old)] = old
+            self._arrays[name] = grown
+
+
+def _filled(column: Column, rows: int) -> NDArray[Any]:
+    return np.full((rows, *column.shape), column.fill, column.dtype)

@@ -1,0 +1,148 @@
+"""One partition, from records to what is to be sent: the same code for live traffic, catch-up, training and backtests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from models.forecaster import Forecaster, SeriesSpec
+from pipeline.stream.columns import Bool, Counts, DeadLetter, Forecasts, Int64, Readings, RecordColumns, Rejected, Steps
+from pipeline.stream.forecasting import Answers, Forecasting
+from pipeline.stream.serdes import CONVERTER, TRANSFORMATION, ReadingDecoder, ReadingFormat
+from pipeline.stream.state import SensorTable
+from pipeline.stream.windows import WindowOperator, WindowRule
+
+
+@dataclass(frozen=True, slots=True)
+class TaskSettings:
+    """All that shapes a task's outcome, beside the log and the model."""
+
+    format: ReadingFormat
+    rule: WindowRule
+    spec: SeriesSpec
+    late_to_dead_letters: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class TaskOutput:
+    """What is to be done after some records; nothing of it has happened yet."""
+
+    forecasts: Forecasts
+    dead_letters: list[DeadLetter]
+    counts: Counts
+    next_offset: int
+    """The offset to read next, and so the one to commit once the rest has been sent."""
+
+
+class StepTask:
+    """The first half: records of one partition to closed windows. What training reads history through."""
+
+    def __init__(self, settings: TaskSettings, table: SensorTable | None = None) -> None:
+        self.settings = settings
+        self.decoder = ReadingDecoder(settings.format)
+        self.windows = WindowOperator(settings.rule)
+        self.table = table or SensorTable(self.windows.columns(), self.windows.partition_columns())
+
+    def process(self, records: RecordColumns) -> tuple[Steps, Readings, list[Rejected]]:
+        """Steps that closed, the readings decoded, and what was refused (late readings included), by row."""
+        readings, rejected = self.decoder.decode(records)
+        steps, late = self.advance(readings)
+        return steps, readings, rejected + [self._late(readings, row) for row in late]
+
+    def advance(self, readings: Readings) -> tuple[Steps, Int64]:
+        return self.windows.advance(self.table.slots(readings.sensors), readings, self.table)
+
+    def _late(self, readings: Readings, row: int) -> Rejected:
+        rule = self.settings.rule
+        time = int(readings.event_time_ms[row])
+        newest = time // rule.hop_ms
+        message = (
+            f"event time {time} came after stream time had closed its window "
+            f"[{newest * rule.hop_ms}, {newest * rule.hop_ms + rule.size_ms}), grace {rule.grace_ms} ms; raise windows.grace to wait longer"
+        )
+        return Rejected(int(readings.record[row]), "late", message)
+
+
+class ForecastTask(StepTask):
+    """One partition's whole path. Its state is a pure function of the records it was given, in order.
+
+    emit_from: records before this offset only rebuild state. What they caused was sent before, so it is not sent again.
+    """
+
+    def __init__(self, settings: TaskSettings, model: Forecaster | None = None, emit_from: int = 0) -> None:
+        self.forecasting = Forecasting(settings.spec, model)
+        windows = WindowOperator(settings.rule)
+        table = SensorTable((*windows.columns(), *self.forecasting.columns()), windows.partition_columns())
+        super().__init__(settings, table)
+        self.emit_from = emit_from
+
+    def run(self, records: RecordColumns) -> TaskOutput:
+        """Take in records of one partition, in log order, and say what is to be sent."""
+        steps, readings, rejected = self.process(records)
+        answers = self.forecasting.advance(steps, self.table)
+        letters = self._dead_letters(records, rejected)
+        forecasts = self._forecasts(records, steps, answers)
+        return TaskOutput(
+            forecasts,
+            letters,
+            self._count(records, readings, rejected, steps, forecasts),
+            int(records.offsets[-1]) + 1 if len(records) else 0,
+        )
+
+    def _forecasts(self, records: RecordColumns, steps: Steps, answers: Answers) -> Forecasts:
+        chosen: Bool = answers.known & (steps.offset >= self.emit_from)
+        if chosen.all():
+            rows: Bool | slice = slice(None)
+        else:
+            rows = chosen
+        sensors = self.table.sensors
+        return Forecasts(
+            topic=records.topic,
+            partition=records.partition,
+            sensors=[sensors[slot].decode() for slot in steps.slot[rows].tolist()],
+            issued_at_ms=steps.end_ms[rows],
+            mean=answers.mean[rows],
+            quantiles=answers.quantiles[rows],
+            status=answers.status[rows],
+            state_steps=answers.state_steps[rows],
+            offset=steps.offset[rows],
+            model=self.forecasting.model.version if self.forecasting.model else self.forecasting.baseline.version,
+            baseline=self.forecasting.baseline.version,
+        )
+
+    def _dead_letters(self, records: RecordColumns, rejected: list[Rejected]) -> list[DeadLetter]:
+        return [
+            DeadLetter(
+                topic=records.topic,
+                partition=records.partition,
+                offset=int(records.offsets[refused.record]),
+                timestamp_ms=int(records.timestamps_ms[refused.record]),
+                key=records.key(refused.record),
+                value=records.value(refused.record),
+                headers=records.headers(refused.record),
+                reason=refused.reason,
+                message=refused.message,
+                stage=TRANSFORMATION if refused.reason == "late" else CONVERTER,
+            )
+            for refused in sorted(rejected, key=lambda refused: refused.record)
+            if records.offsets[refused.record] >= self.emit_from
+            and (refused.reason != "late" or self.settings.late_to_dead_letters)
+        ]
+
+    def _count(
+        self, records: RecordColumns, readings: Readings, rejected: list[Rejected], steps: Steps, forecasts: Forecasts
+    ) -> Counts:
+        """Of the records from `emit_from` on: what was read again in silence counted when it was read first."""
+        counts = Counts(
+            records=int((records.offsets >= self.emit_from).sum()),
+            readings=int((readings.offsets >= self.emit_from).sum()),
+            forecasts=len(forecasts),
+        )
+        fresh = steps.offset >= self.emit_from
+        counts.steps = int(fresh.sum())
+        counts.gap_steps = int((fresh & (steps.count == 0)).sum())
+        counts.resets = int((fresh & steps.reset).sum())
+        for refused in rejected:
+            if records.offsets[refused.record] >= self.emit_from:
+                counts.rejected[refused.reason] = counts.rejected.get(refused.reason, 0) + 1
+        counts.late = counts.rejected.pop("late", 0)
+        return counts

@@ -1,0 +1,123 @@
+"""However the log is cut, the same steps come out, and they are the textbook's."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.stream.columns import Readings, Steps
+from pipeline.stream.state import SensorTable
+from pipeline.stream.windows import WindowOperator, WindowRule
+from tests.helpers.textbook_windows import TextbookWindows
+
+rules = st.builds(
+    lambda hop, overlap, grace, aggregates, gap: WindowRule(hop * overlap, hop, grace, ("a", "b"), tuple(aggregates), gap),
+    st.integers(1, 7),
+    st.integers(1, 4),
+    st.integers(0, 20),
+    st.lists(st.sampled_from(["mean", "sum", "min", "max", "last", "count"]), min_size=1, max_size=6, unique=True),
+    st.integers(0, 4),
+)
+number = st.one_of(st.just(float("nan")), st.floats(-1e6, 1e6))
+log = st.lists(
+    st.tuples(st.integers(0, 4), st.one_of(st.integers(0, 6), st.integers(0, 400)), st.booleans(), number, number),
+    min_size=1,
+    max_size=60,
+)
+
+
+def make_readings(rows: list) -> Readings:
+    """Times go forward by small steps, or jump; every other may step back."""
+    times, now = [], 0
+    for _, delta, back, _, _ in rows:
+        times.append(max(0, now - delta) if back else now + delta)
+        now = max(now, times[-1])
+    return Readings(
+        [b"s%d" % row[0] for row in rows],
+        np.arange(100, 100 + 2 * len(rows), 2),
+        np.array(times, np.int64),
+        np.array([row[3:] for row in rows], np.float64),
+        np.arange(len(rows)),
+    )
+
+
+def run(rule: WindowRule, readings: Readings, cuts: list[int]) -> tuple[list[tuple], list[int]]:
+    operator = WindowOperator(rule)
+    table = SensorTable(operator.columns(), operator.partition_columns(), capacity=1)
+    out: list[tuple] = []
+    late: list[int] = []
+    edges = [0, *sorted(cuts), len(readings)]
+    for start, stop in zip(edges, edges[1:]):
+        part = Readings(
+            readings.sensors[start:stop],
+            readings.offsets[start:stop],
+            readings.event_time_ms[start:stop],
+            readings.values[start:stop],
+            np.arange(stop - start),
+        )
+        steps, late_rows = operator.advance(table.slots(part.sensors), part, table)
+        out += rows_of(steps)
+        late += part.offsets[late_rows].tolist()
+    return out, late
+
+
+def rows_of(steps: Steps) -> list[tuple]:
+    return [
+        (
+            int(steps.slot[i]),
+            int(steps.window[i]),
+            tuple(map(repr, steps.values[i].tolist())),
+            int(steps.count[i]),
+            bool(steps.reset[i]),
+            int(steps.offset[i]),
+        )
+        for i in range(len(steps))
+    ]
+
+
+@settings(max_examples=300, deadline=None)
+@given(rules, log, st.data())
+def test_any_cutting_of_the_log_gives_the_textbooks_steps(rule: WindowRule, rows: list, data: st.DataObject) -> None:
+    readings = make_readings(rows)
+    cuts = data.draw(st.lists(st.integers(0, len(rows)), max_size=5))
+    textbook = TextbookWindows(rule)
+    slots: dict[bytes, int] = {}
+    textbook.feed(
+        (slots.setdefault(sensor, len(slots)), int(offset), int(time), values)
+        for sensor, offset, time, values in zip(
+            readings.sensors, readings.offsets, readings.event_time_ms, readings.values.tolist()
+        )
+    )
+    expected = [(s, w, tuple(map(repr, v)), n, r, o) for s, w, v, n, r, o in textbook.steps]
+
+    steps, late = run(rule, readings, cuts)
+
+    assert steps == expected
+    assert late == textbook.late
+
+
+@settings(max_examples=50, deadline=None)
+@given(rules, log, st.integers(0, 60))
+def test_a_restored_table_goes_on_as_if_nothing_had_happened(rule: WindowRule, rows: list, cut: int) -> None:
+    readings = make_readings(rows)
+    operator = WindowOperator(rule)
+    table = SensorTable(operator.columns(), operator.partition_columns())
+    slots = table.slots(readings.sensors)
+    head, tail = (_part(readings, slice(None, cut)), _part(readings, slice(cut, None)))
+    operator.advance(slots[:cut], head, table)
+    other = SensorTable(operator.columns(), operator.partition_columns())
+    other.restore(table.snapshot())
+
+    went_on, _ = operator.advance(slots[cut:], tail, table)
+    restored, _ = operator.advance(slots[cut:], tail, other)
+
+    assert rows_of(went_on) == rows_of(restored)
+    for name, column in table.snapshot().rows.items():
+        np.testing.assert_array_equal(column, other.snapshot().rows[name])
+
+
+def _part(readings: Readings, rows: slice) -> Readings:
+    return Readings(
+        readings.sensors[rows], readings.offsets[rows], readings.event_time_ms[rows], readings.values[rows], readings.record[rows]
+    )
