@@ -1,0 +1,38 @@
+"""`millrace config show|validate`: the settings in force, each with its source."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import click
+
+from pipeline.commands.common import CommandContext, with_context
+
+
+@click.group()
+def config() -> None:
+    """The settings in force."""
+
+
+@config.command()
+@with_context
+def show(context: CommandContext) -> None:
+    """Every key with its value and where it came from; secrets are masked."""
+    from pipeline.settings import describe
+
+    context.emit([*describe(context.settings), *_state_size(context)], title="Settings")
+
+
+@config.command()
+@with_context
+def validate(context: CommandContext) -> None:
+    """Check the settings: exit status 0 if they are right, 2 with the offending key if not."""
+    sources = sorted(set(context.settings.sources.values())) or ["defaults"]
+    context.emit([{"valid": True, "sources": ", ".join(sources)}])
+
+
+def _state_size(context: CommandContext) -> list[dict[str, Any]]:
+    """What the state of one sensor takes, as a last row."""
+    size = importlib.import_module("pipeline.service.assembly").bytes_per_sensor(context.settings)
+    return [{"key": "(state, bytes per sensor)", "value": int(size), "source": "computed"}]
