@@ -1,7 +1,7 @@
 """What flows between the modules: a struct of NumPy arrays for each stage, no Python object per reading.
 
-    RecordColumns --serdes--> Readings --windows--> Steps --forecasting--> Forecasts --serdes--> OutgoingRecords
-                        \\--> DeadLetters <--late--/
+RecordColumns --serdes--> Readings --windows--> Steps --forecasting--> Forecasts --serdes--> OutgoingRecords
+                    \\--> DeadLetters <--late--/
 """
 
 from __future__ import annotations

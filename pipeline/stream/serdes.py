@@ -80,7 +80,8 @@ class ReadingDecoder:
 
     def __init__(self, format: ReadingFormat) -> None:
         self.format = format
-        self._decode: Callable[[bytes | None], Any] = msgspec.json.Decoder(_reading_type(format)).decode
+        decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(_reading_type(format))
+        self._decode: Callable[[Any], Any] = decoder.decode
 
     def decode(self, records: RecordColumns) -> tuple[Readings, list[Rejected]]:
         """The good records in log order, and one `Rejected` for each bad one, by row.
@@ -116,9 +117,17 @@ class ReadingDecoder:
         reject(np.flatnonzero(records.value_len < 0), "null-value", "the value is null: expected a JSON object")
         for row in np.flatnonzero(records.value_len > format.max_bytes):
             size = int(records.value_len[row])
-            reject([row], "over-long", f"{size} bytes: expected at most {format.max_bytes}; raise readings.max_bytes if this is meant")
+            reject(
+                [row],
+                "over-long",
+                f"{size} bytes: expected at most {format.max_bytes}; raise readings.max_bytes if this is meant",
+            )
         if not format.sensor:
-            reject(np.flatnonzero(records.key_len <= 0), "no-sensor", "no key: expected the sensor id there; or set readings.sensor to a field")
+            reject(
+                np.flatnonzero(records.key_len <= 0),
+                "no-sensor",
+                "no key: expected the sensor id there; or set readings.sensor to a field",
+            )
             for row in np.flatnonzero(records.key_len > format.max_sensor_bytes):
                 reject([row], "bad-sensor", _too_long(int(records.key_len[row]), format.max_sensor_bytes))
 
@@ -169,10 +178,16 @@ class ReadingDecoder:
             times = np.where(recorded < 0, np.nan, recorded.astype(np.float64))
             where = "the record's timestamp"
         missing = np.isnan(times)
-        reject(rows[missing], "no-event-time", f"no event time in {where}: expected epoch seconds, milliseconds or ISO 8601")
+        reject(
+            rows[missing],
+            "no-event-time",
+            f"no event time in {where}: expected epoch seconds, milliseconds or ISO 8601",
+        )
         absurd = ~missing & ~((times >= 0) & (times < _MILLISECONDS_BELOW))
         for row, time in zip(rows[absurd], times[absurd]):
-            message = f"event time {time:.0f} ms: expected epoch seconds or milliseconds between 1970 and 5138 in {where}"
+            message = (
+                f"event time {time:.0f} ms: expected epoch seconds or milliseconds between 1970 and 5138 in {where}"
+            )
             reject([row], "event-time-out-of-bounds", message)
         safe = np.where(missing | absurd, 0, times).astype(np.int64)
         self._check_bounds(rows, safe, recorded, ~(missing | absurd) & (recorded >= 0), reject)
@@ -196,7 +211,11 @@ class ReadingDecoder:
             keys = records.keys()
             chosen: list[bytes] = keys if len(rows) == len(keys) else [keys[row] for row in rows.tolist()]  # type: ignore[assignment]
             if not _is_utf8(b"\n".join(chosen)):
-                reject([row for row, key in zip(rows, chosen) if not _is_utf8(key)], "bad-sensor", "the key is not UTF-8 text")
+                reject(
+                    [row for row, key in zip(rows, chosen) if not _is_utf8(key)],
+                    "bad-sensor",
+                    "the key is not UTF-8 text",
+                )
             return chosen
         ids = [struct.s for struct in structs]
         sensors = [b"" if sensor is None else str(sensor).encode("utf-8", "replace") for sensor in ids]
@@ -208,7 +227,9 @@ class ReadingDecoder:
         return sensors
 
 
-def encode_forecasts(forecasts: Forecasts, target_names: Sequence[str], quantiles: Sequence[float], step_ms: int, topic: str) -> OutgoingRecords:
+def encode_forecasts(
+    forecasts: Forecasts, target_names: Sequence[str], quantiles: Sequence[float], step_ms: int, topic: str
+) -> OutgoingRecords:
     """One JSON record a forecast, keyed by sensor, for the partition its readings came from; a value never observed is null."""
     m, horizon, targets = forecasts.mean.shape
     levels = len(quantiles)
@@ -223,10 +244,13 @@ def encode_forecasts(forecasts: Forecasts, target_names: Sequence[str], quantile
     targets_text = b",".join(b"%s:%s" % (orjson.dumps(name).replace(b"%", b"%%"), target) for name in target_names)
     template = (
         b'{"sensor":%%s,"issued_at":%%d,"step_ms":%d,"horizon":%d,"targets":{%s},"model":%%s,"status":"%%s",'
-        b'"state_steps":%%d,"source":{"partition":%d,"offset":%%d}}' % (step_ms, horizon, targets_text, forecasts.partition)
+        b'"state_steps":%%d,"source":{"partition":%d,"offset":%%d}}'
+        % (step_ms, horizon, targets_text, forecasts.partition)
     )
     status = [name.encode() for name in STATUSES]
-    answered_by = [orjson.dumps(forecasts.model if name in ("ok", "stale") else forecasts.baseline) for name in STATUSES]
+    answered_by = [
+        orjson.dumps(forecasts.model if name in ("ok", "stale") else forecasts.baseline) for name in STATUSES
+    ]
     per = targets * (1 + levels)
     values = [
         template % (orjson.dumps(sensor), issued, *rows[at : at + per], answered_by[code], status[code], steps, offset)
@@ -242,7 +266,9 @@ def encode_forecasts(forecasts: Forecasts, target_names: Sequence[str], quantile
     return OutgoingRecords(topic, forecasts.partition, [sensor.encode() for sensor in forecasts.sensors], values)
 
 
-def encode_dead_letters(letters: Sequence[DeadLetter], topic: str, partition: int, connector: str = "millrace") -> OutgoingRecords:
+def encode_dead_letters(
+    letters: Sequence[DeadLetter], topic: str, partition: int, connector: str = "millrace"
+) -> OutgoingRecords:
     """The original records with Kafka Connect's error headers (KIP-298), and `millrace.reason` beside them."""
     return OutgoingRecords(
         topic,

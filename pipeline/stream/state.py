@@ -42,7 +42,9 @@ class SensorTable:
     [20.5, 3.0]
     """
 
-    def __init__(self, columns: Iterable[Column], partition_columns: Iterable[Column] = (), capacity: int = 256) -> None:
+    def __init__(
+        self, columns: Iterable[Column], partition_columns: Iterable[Column] = (), capacity: int = 256
+    ) -> None:
         self.columns = {column.name: column for column in columns}
         self._slot_of: dict[bytes, int] = {}
         self.sensors: list[bytes] = []

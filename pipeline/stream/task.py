@@ -40,7 +40,9 @@ class StepTask:
         self.settings = settings
         self.decoder = ReadingDecoder(settings.format)
         self.windows = WindowOperator(settings.rule)
-        self.table = table or SensorTable(self.windows.columns(), self.windows.partition_columns())
+        if table is None:
+            table = SensorTable(self.windows.columns(), self.windows.partition_columns())
+        self.table = table
 
     def process(self, records: RecordColumns) -> tuple[Steps, Readings, list[Rejected]]:
         """Steps that closed, the readings decoded, and what was refused (late readings included), by row."""

@@ -19,11 +19,18 @@ NOW = 1_769_700_000_000
 FORMATS = [
     ReadingFormat(("value",)),
     ReadingFormat(("value", "pressure"), event_time="", max_bytes=200),
-    ReadingFormat(("value",), event_time="time", sensor="id", max_ahead_ms=None, max_behind_ms=1000, max_sensor_bytes=8),
+    ReadingFormat(
+        ("value",), event_time="time", sensor="id", max_ahead_ms=None, max_behind_ms=1000, max_sensor_bytes=8
+    ),
 ]
 
 scalars = st.one_of(
-    st.none(), st.booleans(), st.integers(-(10**30), 10**30), st.floats(), st.text(max_size=6), st.integers(NOW - 5000, NOW + 5000)
+    st.none(),
+    st.booleans(),
+    st.integers(-(10**30), 10**30),
+    st.floats(),
+    st.text(max_size=6),
+    st.integers(NOW - 5000, NOW + 5000),
 )
 times = st.one_of(
     st.integers(NOW - 5000, NOW + 5000),
@@ -42,7 +49,14 @@ objects = st.fixed_dictionaries(
         "unknown": st.recursive(scalars, lambda inner: st.lists(inner, max_size=2), max_leaves=3),
     },
 )
-good = st.fixed_dictionaries({"ts": st.integers(NOW - 5000, NOW), "time": st.integers(NOW - 5000, NOW), "id": st.just("p"), "value": st.floats(-9, 9)})
+good = st.fixed_dictionaries(
+    {
+        "ts": st.integers(NOW - 5000, NOW),
+        "time": st.integers(NOW - 5000, NOW),
+        "id": st.just("p"),
+        "value": st.floats(-9, 9),
+    }
+)
 broken = st.sampled_from(
     [
         b"",
@@ -59,7 +73,9 @@ broken = st.sampled_from(
         b'{"x": "' + b"[" * 40 + b'", "ts": 1769700000, "time": 1769700000, "id": "a", "value": 1}',
     ]
 )
-values = st.one_of(good.map(lambda o: json.dumps(o).encode()), objects.map(lambda o: json.dumps(o).encode()), broken, st.none())
+values = st.one_of(
+    good.map(lambda o: json.dumps(o).encode()), objects.map(lambda o: json.dumps(o).encode()), broken, st.none()
+)
 keys = st.one_of(st.just(b"pump-1"), st.just("höhe".encode()), st.just(b"\xff"), st.none(), st.just(b"k" * 300))
 records = st.lists(st.tuples(st.one_of(st.just(NOW), st.just(-1)), keys, values), max_size=12)
 
@@ -134,7 +150,11 @@ def judge_object(format: ReadingFormat, timestamp: int, key: bytes | None, conte
         sensor.decode()
     except UnicodeDecodeError:
         return "bad-sensor"
-    return sensor, int(time), tuple(math.nan if content.get(name) is None else float(content[name]) for name in format.fields)
+    return (
+        sensor,
+        int(time),
+        tuple(math.nan if content.get(name) is None else float(content[name]) for name in format.fields),
+    )
 
 
 def _refuse(constant: str) -> float:

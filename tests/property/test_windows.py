@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -12,7 +14,9 @@ from pipeline.stream.windows import WindowOperator, WindowRule
 from tests.helpers.textbook_windows import TextbookWindows
 
 rules = st.builds(
-    lambda hop, overlap, grace, aggregates, gap: WindowRule(hop * overlap, hop, grace, ("a", "b"), tuple(aggregates), gap),
+    lambda hop, overlap, grace, aggregates, gap: WindowRule(
+        hop * overlap, hop, grace, ("a", "b"), tuple(aggregates), gap
+    ),
     st.integers(1, 7),
     st.integers(1, 4),
     st.integers(0, 20),
@@ -48,7 +52,7 @@ def run(rule: WindowRule, readings: Readings, cuts: list[int]) -> tuple[list[tup
     out: list[tuple] = []
     late: list[int] = []
     edges = [0, *sorted(cuts), len(readings)]
-    for start, stop in zip(edges, edges[1:]):
+    for start, stop in itertools.pairwise(edges):
         part = Readings(
             readings.sensors[start:stop],
             readings.offsets[start:stop],
@@ -119,5 +123,9 @@ def test_a_restored_table_goes_on_as_if_nothing_had_happened(rule: WindowRule, r
 
 def _part(readings: Readings, rows: slice) -> Readings:
     return Readings(
-        readings.sensors[rows], readings.offsets[rows], readings.event_time_ms[rows], readings.values[rows], readings.record[rows]
+        readings.sensors[rows],
+        readings.offsets[rows],
+        readings.event_time_ms[rows],
+        readings.values[rows],
+        readings.record[rows],
     )

@@ -1,0 +1,86 @@
+"""`millrace run`: the service."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+
+import click
+
+from pipeline.commands.common import CommandContext, with_context
+
+
+@click.command()
+@click.option("--exit-at-end", is_flag=True, help="Stop once the offsets found at the start have been reached.")
+@with_context
+def run(context: CommandContext, exit_at_end: bool) -> None:
+    """Read readings, close windows, forecast, write forecasts and dead letters; until SIGTERM or Ctrl-C."""
+    from pipeline.kafka.sink import RecordSink
+    from pipeline.kafka.source import RecordSource
+    from pipeline.kafka.topics import require
+    from pipeline.service.assembly import load_model
+    from pipeline.service.worker import Worker, WorkerReport
+
+    logging.basicConfig(
+        level=logging.INFO if context.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
+    )
+    settings = context.settings
+    require(settings, ("readings", "forecasts", "dead_letters"))
+    model = load_model(settings)
+    if model is None:
+        context.note(
+            f"no model at {settings.model.path!r}: the baseline answers (status: baseline); `millrace train` makes one"
+        )
+    else:
+        context.note(f"model {model.version}")
+
+    def progress(report: WorkerReport, lag: int) -> None:
+        counts = report.counts
+        rate = (counts.records + report.rebuilt) / max(report.seconds, 1e-9)
+        context.note(
+            f"{counts.readings:,} readings, {counts.forecasts:,} forecasts, {sum(counts.rejected.values()) + counts.late:,} dead letters, "
+            f"{report.sensors:,} sensors, {report.rebuilt:,} records read again, {rate:,.0f} records/s, lag {lag:,}"
+        )
+
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    interrupted = threading.Event()
+
+    def on_interrupt(*_: object) -> None:
+        interrupted.set()
+        stop.set()
+
+    signal.signal(signal.SIGINT, on_interrupt)
+    source = RecordSource(settings, settings.topics.readings_topic)
+    try:
+        sink = RecordSink(settings)
+        try:
+            report = Worker(settings, source, sink, model, progress).run(stop, exit_at_end)
+        finally:
+            sink.close()
+    finally:
+        source.close()
+    context.emit([_row(report)], title="run")
+    if interrupted.is_set():
+        raise SystemExit(130)
+
+
+def _row(report: object) -> dict[str, object]:
+    from pipeline.service.worker import WorkerReport
+
+    assert isinstance(report, WorkerReport)
+    counts = report.counts
+    return {
+        "records": counts.records,
+        "readings": counts.readings,
+        "late": counts.late,
+        "rejected": sum(counts.rejected.values()),
+        "windows": counts.steps,
+        "of them gaps": counts.gap_steps,
+        "resets": counts.resets,
+        "forecasts": counts.forecasts,
+        "sensors": report.sensors,
+        "read again": report.rebuilt,
+        "seconds": round(report.seconds, 1),
+    }

@@ -1,0 +1,72 @@
+"""From settings to the objects of the core: the one place that knows both."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from models.forecaster import Forecaster, SeriesSpec
+from pipeline.errors import DeploymentError
+from pipeline.stream.serdes import ReadingFormat
+from pipeline.stream.task import ForecastTask, TaskSettings
+from pipeline.stream.windows import WindowRule
+
+if TYPE_CHECKING:
+    from pipeline.settings import Settings
+
+
+def task_settings(settings: Settings) -> TaskSettings:
+    """What shapes the outcome of a task, taken out of the settings."""
+    readings, windows = settings.readings, settings.windows
+    rule = WindowRule(
+        size_ms=windows.size_ms,
+        hop_ms=windows.hop_ms,
+        grace_ms=windows.grace_ms,
+        fields=readings.fields,
+        aggregates=windows.aggregates,
+        max_gap_steps=windows.max_gap_steps,
+    )
+    format = ReadingFormat(
+        fields=readings.fields,
+        event_time=readings.event_time,
+        sensor=readings.sensor,
+        max_ahead_ms=readings.max_ahead_ms,
+        max_behind_ms=readings.max_behind_ms,
+        max_bytes=readings.max_bytes,
+        max_sensor_bytes=readings.max_sensor_bytes,
+    )
+    return TaskSettings(format, rule, series_spec(settings, rule), windows.late == "dead-letter")
+
+
+def series_spec(settings: Settings, rule: WindowRule) -> SeriesSpec:
+    """A target is its field's first aggregate."""
+    targets = tuple(rule.fields.index(field) * len(rule.aggregates) for field in settings.readings.targets)
+    return SeriesSpec(
+        channels=rule.channels,
+        targets=targets,
+        step_ms=rule.hop_ms,
+        horizon=settings.forecast.horizon,
+        quantiles=settings.forecast.quantiles,
+        seasons=tuple(sorted({season_ms // rule.hop_ms for season_ms in settings.forecast.season_ms})),
+    )
+
+
+def load_model(settings: Settings) -> Forecaster | None:
+    """The trained model that the settings name; None while nobody has trained one.
+
+    Raises DeploymentError if there is one, but damaged or made for another series."""
+    folder = Path(settings.model.path)
+    if not folder.exists():
+        return None
+    from models.artifact import ArtifactError, load
+
+    try:
+        return load(folder, expect=task_settings(settings).spec)
+    except ArtifactError as error:
+        raise DeploymentError(str(error)) from error
+
+
+def bytes_per_sensor(settings: Settings, model: Forecaster | None = None) -> dict[str, int]:
+    """State of one sensor by column, in bytes; the model's hidden state only with a model."""
+    table = ForecastTask(task_settings(settings), model).table
+    return {name: column.bytes_per_sensor for name, column in table.columns.items()}
