@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import logging
 import signal
 import threading
+from typing import TYPE_CHECKING
 
 import click
 
 from pipeline.commands.common import CommandContext, with_context
+
+if TYPE_CHECKING:
+    from pipeline.service.worker import WorkerReport
+    from pipeline.settings import Settings
 
 
 @click.command()
@@ -18,15 +22,11 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
     """Read readings, close windows, forecast, write forecasts and dead letters; until SIGTERM or Ctrl-C."""
     from pipeline.kafka.sink import RecordSink
     from pipeline.kafka.source import RecordSource
-    from pipeline.kafka.topics import require
     from pipeline.service.assembly import load_model
-    from pipeline.service.worker import Worker, WorkerReport
+    from pipeline.service.worker import Worker
 
-    logging.basicConfig(
-        level=logging.INFO if context.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
     settings = context.settings
-    require(settings, ("readings", "forecasts", "dead_letters"))
+    _require_topics(settings)
     model = load_model(settings)
     if model is None:
         context.note(
@@ -37,9 +37,10 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
 
     def progress(report: WorkerReport, lag: int) -> None:
         counts = report.counts
+        refused = sum(counts.rejected.values()) + counts.late
         rate = (counts.records + report.rebuilt) / max(report.seconds, 1e-9)
         context.note(
-            f"{counts.readings:,} readings, {counts.forecasts:,} forecasts, {sum(counts.rejected.values()) + counts.late:,} dead letters, "
+            f"{counts.readings:,} readings, {counts.forecasts:,} forecasts, {refused:,} dead letters, "
             f"{report.sensors:,} sensors, {report.rebuilt:,} records read again, {rate:,.0f} records/s, lag {lag:,}"
         )
 
@@ -66,10 +67,21 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
         raise SystemExit(130)
 
 
-def _row(report: object) -> dict[str, object]:
-    from pipeline.service.worker import WorkerReport
+def _require_topics(settings: Settings) -> None:
+    """The three topics that the worker touches exist, and partition p of one goes with p of the others."""
+    from pipeline.errors import DeploymentError
+    from pipeline.kafka.topics import check
 
-    assert isinstance(report, WorkerReport)
+    topics = settings.topics
+    touched = (topics.readings_topic, topics.forecasts_topic, topics.dead_letters_topic)
+    for finding in check(settings):
+        if finding.topic in touched and (finding.what == "topic" or finding.what.startswith("partitions")):
+            raise DeploymentError(
+                f'topic "{finding.topic}": {finding.what}: expected {finding.expected}, found {finding.found}; {finding.mend}'
+            )
+
+
+def _row(report: WorkerReport) -> dict[str, object]:
     counts = report.counts
     return {
         "records": counts.records,

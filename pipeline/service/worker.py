@@ -6,8 +6,8 @@ The order of one round, and what a crash after each step leaves behind:
 3. deliver           forecasts and dead letters are written; read again, they are sent once more (at least once)
 4. commit offsets    done
 
-A partition that arrives is read again from the start of its log to the committed offset without sending anything: its state is what
-it would be had this worker always had it.
+A partition that arrives is read again from the start of its log to the committed offset without sending anything:
+its state is what it would be had this worker always had it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from models.forecaster import Forecaster
@@ -65,14 +65,13 @@ class Worker:
         self._task_settings = task_settings(settings)
         self._tasks: dict[int, ForecastTask] = {}
         self._next_offset: dict[int, int] = {}
-        self._revoked: set[int] = set()
         self._on_progress = on_progress
-        source.on_revoked = self._lost
+        source.on_assigned, source.on_revoked = self._arrived, self._lost
 
     def run(self, stop: threading.Event, exit_at_end: bool = False) -> WorkerReport:
         """Work until `stop` is set, or, with exit_at_end, until the offsets found at the start have been reached."""
         started = reported = time.monotonic()
-        ends = self.source.end_offsets() if exit_at_end else {}
+        ends = self.source.end_offsets(self.source.partitions) if exit_at_end else {}
         while not stop.is_set():
             self.round()
             now = time.monotonic()
@@ -89,37 +88,30 @@ class Worker:
     def round(self) -> None:
         """One poll and all that follows from it."""
         polled = self.source.poll(POLL_TIMEOUT_MS)
-        fresh = self._follow_assignment()
-        outputs = [self._process(records) for records in polled if records.partition not in fresh]
+        outputs = [self._process(records) for records in polled]
         outgoing = [batch for output in outputs for batch in self._encode(output)]
         if outgoing:
             self.sink.deliver(outgoing)
         self._commit()
 
-    def _lost(self, partitions: list[int]) -> None:
-        # Called from the client's own thread, in the middle of a poll: only take a note.
-        self._revoked.update(partitions)
+    def _arrived(self, partitions: Sequence[int]) -> None:
+        beginnings = self.source.beginning_offsets(partitions)
+        for partition in partitions:
+            self._start(partition, beginnings[partition])
 
-    def _follow_assignment(self) -> set[int]:
-        """Drop the tasks of partitions that went, start those of partitions that came. Returns the latter."""
-        assigned = set(self.source.assignment)
-        for partition in (self._revoked | (set(self._tasks) - assigned)) & set(self._tasks):
+    def _lost(self, partitions: Sequence[int]) -> None:
+        for partition in partitions:
             # Its state lives in the log; whoever has the partition now reads it from there.
-            del self._tasks[partition], self._next_offset[partition]
-        self._revoked.clear()
-        fresh = assigned - set(self._tasks)
-        if fresh:
-            beginnings = self.source.beginning_offsets()
-            for partition in sorted(fresh):
-                self._start(partition, beginnings[partition])
-        return fresh
+            self._tasks.pop(partition, None)
+            self._next_offset.pop(partition, None)
 
     def _start(self, partition: int, beginning: int) -> None:
         committed = self.source.committed(partition)
         emit_from = beginning if committed is None else max(committed, beginning)
         if committed is not None and beginning > 0:
             log.warning(
-                "partition %d: the log starts at offset %d, older readings are gone; its sensors' states are rebuilt from what is left",
+                "partition %d: the log starts at offset %d, older readings are gone; "
+                "the states of its sensors are rebuilt from what is left",
                 partition,
                 beginning,
             )
