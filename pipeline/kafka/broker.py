@@ -388,7 +388,9 @@ def _answers(identity: _Identity) -> bool:
             cluster = admin.describe_cluster()
     except (OSError, KafkaError):
         return False
-    return cluster["cluster_id"] == identity.cluster_id and len(cluster["brokers"]) > 0
+    return cluster["cluster_id"] == identity.cluster_id and any(
+        not broker.get("is_fenced") for broker in cluster["brokers"]
+    )
 
 
 def _command_line(pid: int) -> str:
