@@ -41,7 +41,7 @@ class Context:
     observed: Bool
     """(B, T, C)"""
     last: Float64
-    """(B, T, K) the value observed last, carried forward; NaN if none since the last reset."""
+    """(B, T, K) the value observed last, carried forward; NaN if none since the last reset, and in padding."""
     mean: Float64
     """(B, T, C) running mean."""
     channel_scale: Float64
@@ -167,6 +167,7 @@ class SeriesMemory:
         targets = list(self.spec.targets)
         last = _carried(rows["memory.last"], values[..., targets], observed[..., targets])
         rows["memory.last"][:] = last[:, -1]
+        last[~block.live] = np.nan
         steps = rows["memory.steps"][:, None] + np.cumsum(block.live, axis=1, dtype=np.int32)
         rows["memory.steps"][:] = steps[:, -1]
         return Context(self.spec, block.end_ms, values, observed, last, mean, scale, steps, origin, history)

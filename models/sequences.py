@@ -1,0 +1,112 @@
+"""Ragged per-sensor histories, and the one way through them: the same blocks, memory and forecasters as in service."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.blocks import Block, iter_blocks
+from models.features import Context, SeriesMemory
+from models.forecaster import Column, Forecaster, Prediction, Rows, SeriesSpec
+
+Int64 = NDArray[np.int64]
+Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """m steps of many sensors; each sensor's own steps are in time order, windows without readings present as all-NaN
+    steps."""
+
+    sensor: NDArray[np.int32]
+    """(m,) 0 .. sensors - 1"""
+    end_ms: Int64
+    """(m,)"""
+    values: Float64
+    """(m, C) NaN = missing."""
+    reset: Bool
+    """(m,) True = what was remembered of the sensor is forgotten before this step."""
+
+    def __len__(self) -> int:
+        return len(self.sensor)
+
+    @property
+    def sensors(self) -> int:
+        return int(self.sensor.max()) + 1 if len(self) else 0
+
+    def split_ms(self, newest_share: float) -> int:
+        """The end_ms up to which (inclusive) all but the newest share of the steps lie."""
+        at = min(len(self) - 1, max(0, round(len(self) * (1.0 - newest_share)) - 1))
+        return int(np.partition(self.end_ms, at)[at])
+
+    def until(self, end_ms: int) -> Sequences:
+        """The steps that end at `end_ms` or earlier."""
+        kept = self.end_ms <= end_ms
+        return Sequences(self.sensor[kept], self.end_ms[kept], self.values[kept], self.reset[kept])
+
+    def by_sensor(self) -> Sequences:
+        """The same steps, sensor after sensor."""
+        order = np.argsort(self.sensor, kind="stable")
+        return Sequences(self.sensor[order], self.end_ms[order], self.values[order], self.reset[order])
+
+
+class Futures:
+    """What followed each step: the labels. For sequences that stand sensor after sensor."""
+
+    def __init__(self, sequences: Sequences, spec: SeriesSpec) -> None:
+        self.sequences = sequences
+        self.spec = spec
+        starts = np.append(True, np.diff(sequences.sensor) != 0) | sequences.reset
+        edges = np.append(np.flatnonzero(starts), len(sequences))
+        self.run_start: Int64 = edges[:-1]
+        """(runs,) where each run of steps without a reset begins ..."""
+        self.run_end: Int64 = edges[1:]
+        """... and ends (exclusive)."""
+        self._end_of = np.repeat(edges[1:], np.diff(edges))
+        self._targets = np.ascontiguousarray(sequences.values[:, list(spec.targets)])
+
+    def after(self, position: Int64, until_ms: int) -> Float64:
+        """(*position.shape, H, K) the targets 1..H steps later; NaN where missing, beyond a reset, or later than
+        `until_ms`.
+
+        No other function hands out labels: none can reach past the end of training.
+        """
+        at = position[..., None] + np.arange(1, self.spec.horizon + 1)
+        inside = at < self._end_of[position][..., None]
+        at = np.minimum(at, len(self.sequences) - 1)
+        inside &= self.sequences.end_ms[at] <= until_ms
+        return np.where(inside[..., None], self._targets[at], np.nan)
+
+
+def walk(
+    sequences: Sequences, memory: SeriesMemory, forecasters: Sequence[Forecaster] = ()
+) -> Iterator[tuple[Block, Context, list[Prediction]]]:
+    """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty."""
+    columns = [*memory.columns(), *(column for forecaster in forecasters for column in forecaster.columns())]
+    table = empty_rows(columns, sequences.sensors)
+    for block in iter_blocks(sequences.sensor, sequences.reset):
+        rows = {name: column[block.sensors] for name, column in table.items()}
+        refill(rows, columns, block.reset)
+        steps = block.step_block(sequences.values, sequences.end_ms)
+        context = memory.advance(rows, steps)
+        yield block, context, [forecaster.advance(rows, steps, context) for forecaster in forecasters]
+        for name, column in table.items():
+            column[block.sensors] = rows[name]
+
+
+def empty_rows(columns: Sequence[Column], batch: int) -> Rows:
+    """Rows of `batch` sensors never seen."""
+    return {column.name: np.full((batch, *column.shape), column.fill, column.dtype) for column in columns}
+
+
+def refill(rows: Rows, columns: Sequence[Column], reset: Bool) -> None:
+    """Forget, for the rows where `reset` (B,), all that does not survive a reset."""
+    if not reset.any():
+        return
+    for column in columns:
+        if not column.survives_reset:
+            rows[column.name][reset] = column.fill

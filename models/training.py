@@ -1,0 +1,385 @@
+"""Truncated back-propagation through time over ragged per-sensor sequences.
+
+    all steps  [ training ---------------------- | early stopping | holdout ---- ]
+                                             90 %             10 %   newest share
+
+The inputs come out of `SeriesMemory`, driven over the history by the same code as in service. Early stopping watches
+the last tenth of the training part; the holdout is seen by nobody but `evaluate`. A label that would cross one of the
+borders is masked.
+
+Werbos, P. J. (1990), Backpropagation through time, Proc. IEEE 78(10); Williams, R. J. and Peng, J. (1990), Neural
+Computation 2(4).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.evaluation import Figures, evaluate
+from models.features import SeriesMemory
+from models.feedforward import FeedForward, FeedForwardNet, default_window
+from models.forecaster import SeriesSpec
+from models.rnn import Network, RecurrentNet, RNNForecaster, load_tensorflow
+from models.sequences import Futures, Int64, Sequences, walk
+
+Architecture = Literal["rnn", "feedforward"]
+Neural = RNNForecaster | FeedForward
+
+STOPPING_SHARE = 0.1
+"""Of the training part, its newest: early stopping listens to it, no weight does."""
+LABEL_CLIP = 12.0
+"""In scaled units: one absurd future must not outweigh a thousand others."""
+HUBER_DELTA = 1.0
+PINBALL_WEIGHT = 1.0
+WEIGHT_DECAY = 3e-3
+PIECE_CHUNKS = 8
+"""A sequence is trained on in pieces of at most so many chunks; each begins with an empty state, somewhere new every
+epoch."""
+
+
+class TrainingError(Exception):
+    """The history cannot be trained on; the message says what is missing."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingProgress:
+    """Where the training stands, after each step of the optimiser."""
+
+    epoch: int
+    """1 .. epochs"""
+    epochs: int
+    done: float
+    """Share of this epoch, 0 .. 1"""
+    loss: float
+    """Running mean over the epoch."""
+    stopping_loss: float | None
+    """On the early-stopping slice, at the end of an epoch only; None before."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedModel:
+    forecaster: Neural
+    architecture: dict[str, Any]
+    """What `Network` to build: kind, cell, units, layers ..."""
+    history: list[dict[str, float]]
+    """epoch, loss, stopping_loss of each epoch."""
+    best_epoch: int
+    holdout_from_ms: int
+    """Figures are measured on the steps that end after it."""
+    data: dict[str, int]
+    """sensors, steps, from_ms, to_ms (ends of the first and last step trained on)."""
+    seconds: float
+    seed: int
+
+    @property
+    def net(self) -> Network:
+        return self.forecaster.net
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train; see `train`."""
+
+    chunk_steps: int = 96
+    lanes: int = 64
+    epochs: int = 20
+    patience: int = 3
+    learning_rate: float = 3e-3
+    warmup_steps: int = 12
+
+
+def train(
+    sequences: Sequences,
+    spec: SeriesSpec,
+    *,
+    architecture: Architecture = "rnn",
+    cell: str = "gru",
+    units: int = 64,
+    layers: int = 1,
+    window: int | None = None,
+    warmup_steps: int = 12,
+    chunk_steps: int = 96,
+    lanes: int = 64,
+    epochs: int = 20,
+    patience: int = 3,
+    learning_rate: float = 3e-3,
+    dropout: float = 0.2,
+    holdout: float = 0.2,
+    seed: int = 0,
+    threads: int = 0,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> TrainedModel:
+    """Train on all but the newest share `holdout` of the steps; the weights of the best epoch are kept.
+
+    window: steps that the feed-forward network sees, default one season. The same seed on the same machine gives the
+    same weights. Raises TrainingError where the history holds no label.
+    """
+    load_tensorflow(threads)
+    import keras
+
+    started = time.monotonic()
+    keras.utils.set_random_seed(seed)
+    forecaster, shape = _untrained(spec, architecture, cell, units, layers, window, dropout, warmup_steps)
+    sequences = sequences.by_sensor()
+    if not len(sequences):
+        raise TrainingError("0 steps of history: expected at least some hundred; widen the range or the history
+        setting")
+    cutoff_ms = sequences.split_ms(holdout)
+    kept = sequences.until(cutoff_ms)
+    examples = Examples(kept, spec, forecaster)
+    options = Options(chunk_steps, lanes, epochs, patience, learning_rate, warmup_steps)
+    stopping_from_ms = kept.split_ms(STOPPING_SHARE)
+    run = _Run(forecaster.net, examples, options, stopping_from_ms, cutoff_ms, np.random.default_rng(seed), progress,
+    started) history, best = run.fit()
+    data = {
+        "sensors": len(np.unique(kept.sensor)),
+        "steps": len(kept),
+        "from_ms": int(kept.end_ms.min()),
+        "to_ms": cutoff_ms,
+    }
+    return TrainedModel(forecaster, shape, history, best, cutoff_ms, data, time.monotonic() - started, seed)
+
+
+def figures(model: TrainedModel, sequences: Sequences, others: Sequence[Any] = ()) -> list[Figures]:
+    """The model beside others on its holdout."""
+    return evaluate(sequences, [model.forecaster, *others], model.holdout_from_ms)
+
+
+def _untrained(
+    spec: SeriesSpec,
+    architecture: Architecture,
+    cell: str,
+    units: int,
+    layers: int,
+    window: int | None,
+    dropout: float,
+    warmup_steps: int,
+) -> tuple[Neural, dict[str, Any]]:
+    shape: dict[str, Any] = {"kind": architecture, "units": units, "layers": layers}
+    if architecture == "feedforward":
+        shape["window"] = window or default_window(spec)
+        net = FeedForwardNet(spec, shape["window"], units, layers, dropout=dropout)
+        return FeedForward(net, version="untrained", warmup_steps=warmup_steps), shape
+    shape["cell"] = cell
+    net = RecurrentNet(spec, cell, units, layers, dropout=dropout)
+    return RNNForecaster(net, version="untrained", warmup_steps=warmup_steps), shape
+
+
+class Examples:
+    """Inputs of every step, and labels on demand, of sequences that stand sensor after sensor."""
+
+    def __init__(self, sequences: Sequences, spec: SeriesSpec, forecaster: Neural) -> None:
+        self.sequences = sequences
+        self.futures = Futures(sequences, spec)
+        self.inputs = np.empty((len(sequences), forecaster.net.input_size), np.float32)
+        self.last = np.empty((len(sequences), len(spec.targets)))
+        self.scale = np.empty_like(self.last)
+        for block, context, _ in walk(sequences, SeriesMemory(spec, forecaster.ring_steps)):
+            at = block.positions()
+            self.inputs[at] = forecaster.inputs(context)[block.live]
+            self.last[at] = context.last[block.live]
+            self.scale[at] = context.scale[block.live]
+
+    def labels(self, position: Int64, until_ms: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """(*position.shape, H, K) (future - last) / scale, clipped; and where it is known up to `until_ms`."""
+        future = self.futures.after(position, until_ms)
+        label = (future - self.last[position][..., None, :]) / self.scale[position][..., None, :]
+        known = np.isfinite(label)
+        return np.where(known, np.clip(label, -LABEL_CLIP, LABEL_CLIP), 0.0).astype(np.float32), known
+
+
+@dataclass(frozen=True, slots=True)
+class Pieces:
+    """Stretches of steps that a lane goes through from an empty state."""
+
+    start: Int64
+    end: Int64
+    count_from: Int64
+    """Steps before it warm the state up; they weigh nothing."""
+
+
+def cut_pieces(start: Int64, end: Int64, size: int, offset: Int64, lead_in: int, overlap: bool = False) -> Pieces:
+    """Cut runs [start, end) into pieces of `size` steps, the first of them `offset` (0 .. size - 1) steps short.
+
+    With `overlap` a piece begins `lead_in` steps early, so that every step of a run counts once.
+    """
+    count = np.maximum(-(-(end - start + offset) // size), 0)
+    run = np.repeat(np.arange(len(start)), count)
+    ordinal = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
+    low = start[run] - offset[run] + ordinal * size
+    first = np.maximum(low, start[run])
+    last = np.minimum(low + size, end[run])
+    if overlap:
+        return Pieces(np.maximum(first - lead_in, start[run]), last, first)
+    return Pieces(first, last, first + lead_in)
+
+
+def lane_chunks(
+    pieces: Pieces, order: Int64, lanes: int, chunk_steps: int
+) -> Iterator[tuple[Int64, NDArray[np.bool_], NDArray[np.bool_], NDArray[np.bool_]]]:
+    """Go through the pieces, `lanes` side by side; a lane that is done takes the next piece.
+
+    Yields position (lanes, chunk), live, counts (both (lanes, chunk)) and fresh (lanes,): lanes that begin with an
+    empty state.
+    """
+    waiting = list(reversed(order.tolist()))
+    at, end, count_from = (np.zeros(lanes, np.int64) for _ in range(3))
+    while True:
+        fresh = at >= end
+        for lane in np.flatnonzero(fresh)[: len(waiting)]:
+            piece = waiting.pop()
+            at[lane], end[lane], count_from[lane] = pieces.start[piece], pieces.end[piece], pieces.count_from[piece]
+        if (at >= end).all():
+            return
+        position = at[:, None] + np.arange(chunk_steps)
+        live = position < end[:, None]
+        counts = live & (position >= count_from[:, None])
+        yield np.where(live, position, 0), live, counts, fresh
+        at += chunk_steps
+
+
+@dataclass
+class _Run:
+    """One training: the compiled steps, the learning rate's way down, early stopping."""
+
+    net: Network
+    examples: Examples
+    options: Options
+    stopping_from_ms: int
+    cutoff_ms: int
+    random: np.random.Generator
+    progress: Callable[[TrainingProgress], None] | None
+    started: float
+    _step: Any = field(init=False)
+    _loss: Any = field(init=False)
+    _optimizer: Any = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._optimizer, self._step, self._loss = compile_steps(self.net, self.options.learning_rate)
+
+    def fit(self) -> tuple[list[dict[str, float]], int]:
+        """-> what each epoch gave, and the epoch whose weights were kept."""
+        history: list[dict[str, float]] = []
+        best, best_loss, weights = 0, np.inf, self.net.model.get_weights()
+        for epoch in range(1, self.options.epochs + 1):
+            loss = self._epoch(epoch)
+            stopping = self._stopping_loss()
+            history.append({"epoch": epoch, "loss": loss, "stopping_loss": stopping})
+            self._report(epoch, 1.0, loss, stopping)
+            if not stopping >= best_loss:  # a slice without labels gives NaN: then the newest weights are kept
+                best, best_loss, weights = epoch, stopping, self.net.model.get_weights()
+            if epoch - best >= self.options.patience:
+                break
+        self.net.model.set_weights(weights)
+        return history, best
+
+    def _epoch(self, epoch: int) -> float:
+        options, futures = self.options, self.examples.futures
+        end = self._first_after(self.stopping_from_ms)
+        size = options.chunk_steps * self._piece_chunks(int((end - futures.run_start).sum()))
+        offset = self.random.integers(0, size, len(end))
+        pieces = cut_pieces(futures.run_start, end, size, offset, options.warmup_steps)
+        chunks = max(1.0, float((pieces.end - pieces.start).sum()) / options.chunk_steps)
+        losses, passed = [], 0.0
+        for inputs, live in self._batches(pieces, self.random.permutation(len(pieces.start)), self.stopping_from_ms):
+            self._optimizer.learning_rate.assign(self._learning_rate(epoch - 1 + min(1.0, passed / chunks)))
+            loss, self._state = self._step(*inputs)
+            losses.append(float(loss))
+            passed += float(live.sum()) / options.chunk_steps
+            self._report(epoch, min(1.0, passed / chunks), float(np.mean(losses)), None)
+        if not losses:
+            raise TrainingError(
+                f"no label in {len(self.examples.sequences)} steps: expected runs longer than the warm-up and a lead"
+            )
+        return float(np.mean(losses))
+
+    def _stopping_loss(self) -> float:
+        """Over the early-stopping slice, each piece after a chunk that warms the state up; NaN without labels."""
+        options, futures = self.options, self.examples.futures
+        start = self._first_after(self.stopping_from_ms)
+        size = PIECE_CHUNKS * options.chunk_steps // 2
+        pieces = cut_pieces(start, futures.run_end, size, np.zeros(len(start), np.int64), 0)
+        lead_in = np.maximum(pieces.start - options.chunk_steps, self._run_start_of(pieces.start))
+        pieces = Pieces(lead_in, pieces.end, pieces.start)
+        total = weight = 0.0
+        for inputs, _ in self._batches(pieces, np.arange(len(pieces.start)), self.cutoff_ms):
+            loss, self._state = self._loss(*inputs)
+            labels = float(inputs[4].sum())
+            total, weight = total + float(loss) * labels, weight + labels
+        return total / weight if weight else float("nan")
+
+    def _batches(self, pieces: Pieces, order: Int64, until_ms: int) -> Iterator[tuple[tuple[Any, ...],
+    NDArray[np.bool_]]]:
+        """Arguments of the compiled steps, chunk after chunk; `_state` is carried between them."""
+        options = self.options
+        self._state: Any = self.net.empty_state(options.lanes)
+        for position, live, counts, fresh in lane_chunks(pieces, order, options.lanes, options.chunk_steps):
+            state = np.where(fresh[:, None], np.float32(0), np.asarray(self._state))
+            label, known = self.examples.labels(position, until_ms)
+            weight = (known & counts[:, :, None, None]).astype(np.float32)
+            yield (self.examples.inputs[position], live, state, label, weight), live
+
+    def _piece_chunks(self, steps: int) -> int:
+        """Long pieces carry state far; but every lane should have one."""
+        return int(np.clip(steps / (self.options.chunk_steps * self.options.lanes), 2, PIECE_CHUNKS))
+
+    def _learning_rate(self, epochs_done: float) -> float:
+        """Half a cosine from the full rate down to a twentieth."""
+        return self.options.learning_rate * (0.05 + 0.475 * (1 + np.cos(np.pi * epochs_done / self.options.epochs)))
+
+    def _first_after(self, border_ms: int) -> Int64:
+        """(runs,) position of the first step of each run that ends after `border_ms`; the run's end if there is
+        none."""
+        futures = self.examples.futures
+        before = np.append(0, np.cumsum(self.examples.sequences.end_ms <= border_ms))
+        return futures.run_start + before[futures.run_end] - before[futures.run_start]
+
+    def _run_start_of(self, position: Int64) -> Int64:
+        run = np.searchsorted(self.examples.futures.run_start, position, side="right") - 1
+        return self.examples.futures.run_start[run]
+
+    def _report(self, epoch: int, done: float, loss: float, stopping: float | None) -> None:
+        if self.progress:
+            seconds = time.monotonic() - self.started
+            self.progress(TrainingProgress(epoch, self.options.epochs, done, loss, stopping, seconds))
+
+
+def compile_steps(net: Network, learning_rate: float) -> tuple[Any, Any, Any]:
+    """The optimiser; step(x, mask, state, label, weight) -> (loss, state) that learns; and the same without learning.
+
+    x (B, T, F), mask (B, T), state (L, B, S), label and weight (B, T, H, K). One shape each, so compiled once each.
+    """
+    tf = load_tensorflow()
+    import keras
+
+    from models.losses import huber, pinball
+
+    levels = tf.constant(net.spec.quantiles, tf.float32)
+    optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=WEIGHT_DECAY, clipnorm=1.0)
+    optimizer.exclude_from_weight_decay(var_names=["bias", "cells"])
+    optimizer.build(net.model.trainable_variables)
+
+    def forward(x: Any, mask: Any, state: Any, label: Any, weight: Any, training: bool) -> tuple[Any, Any]:
+        mean, quantiles, after = net.model([x, mask, state], training=training)
+        loss = huber(label, mean, weight, HUBER_DELTA) + PINBALL_WEIGHT * pinball(label, quantiles, levels, weight)
+        return loss, after
+
+    def step(x: Any, mask: Any, state: Any, label: Any, weight: Any) -> tuple[Any, Any]:
+        with tf.GradientTape() as tape:
+            loss, after = forward(x, mask, state, label, weight, True)
+        variables = net.model.trainable_variables
+        optimizer.apply_gradients(zip(tape.gradient(loss, variables), variables))
+        return loss, after
+
+    def loss_only(x: Any, mask: Any, state: Any, label: Any, weight: Any) -> tuple[Any, Any]:
+        return forward(x, mask, state, label, weight, False)
+
+    compiled = {"jit_compile": True, "autograph": False}
+    return optimizer, tf.function(step, **compiled), tf.function(loss_only, **compiled)
