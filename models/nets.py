@@ -122,8 +122,9 @@ class QuantileHeads(keras.layers.Layer):  # type: ignore[misc]
     one is an offset from the mean, its neighbours go outwards by softplus steps.
     """
 
-    def __init__(self, horizon: int, targets: int, quantiles: list[float], dense: int, dropout: float, **options: Any)
-    -> None:
+    def __init__(
+        self, horizon: int, targets: int, quantiles: list[float], dense: int, dropout: float, **options: Any
+    ) -> None:
         super().__init__(**options)
         self.horizon, self.targets, self.levels = horizon, targets, [float(level) for level in quantiles]
         self.dense, self.dropout = dense, dropout

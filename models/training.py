@@ -129,15 +129,15 @@ def train(
     forecaster, shape = _untrained(spec, architecture, cell, units, layers, window, dropout, warmup_steps)
     sequences = sequences.by_sensor()
     if not len(sequences):
-        raise TrainingError("0 steps of history: expected at least some hundred; widen the range or the history
-        setting")
+        raise TrainingError("0 steps of history: expected some hundred at least; widen the range of training")
     cutoff_ms = sequences.split_ms(holdout)
     kept = sequences.until(cutoff_ms)
     examples = Examples(kept, spec, forecaster)
     options = Options(chunk_steps, lanes, epochs, patience, learning_rate, warmup_steps)
     stopping_from_ms = kept.split_ms(STOPPING_SHARE)
-    run = _Run(forecaster.net, examples, options, stopping_from_ms, cutoff_ms, np.random.default_rng(seed), progress,
-    started) history, best = run.fit()
+    random = np.random.default_rng(seed)
+    run = _Run(forecaster.net, examples, options, stopping_from_ms, cutoff_ms, random, progress, started)
+    history, best = run.fit()
     data = {
         "sensors": len(np.unique(kept.sensor)),
         "steps": len(kept),
@@ -315,8 +315,9 @@ class _Run:
             total, weight = total + float(loss) * labels, weight + labels
         return total / weight if weight else float("nan")
 
-    def _batches(self, pieces: Pieces, order: Int64, until_ms: int) -> Iterator[tuple[tuple[Any, ...],
-    NDArray[np.bool_]]]:
+    def _batches(
+        self, pieces: Pieces, order: Int64, until_ms: int
+    ) -> Iterator[tuple[tuple[Any, ...], NDArray[np.bool_]]]:
         """Arguments of the compiled steps, chunk after chunk; `_state` is carried between them."""
         options = self.options
         self._state: Any = self.net.empty_state(options.lanes)
