@@ -19,16 +19,15 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
     from pipeline.settings import Settings
 
-P = ParamSpec("P")
 R = TypeVar("R")
 
 
@@ -75,18 +74,13 @@ class CommandContext:
         else:
             _print_table(rows, title)
 
-    def progress(self) -> Progress:
-        """A progress bar on standard error; a context manager."""
+    def progress(self, *columns: ProgressColumn) -> Progress:
+        """A progress bar on standard error; a context manager. Without columns: what, bar, m of n, time left."""
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-        return Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-        )
+        usual = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        return Progress(*(columns or usual), console=Console(stderr=True))
 
 
 def _print_table(rows: Sequence[Mapping[str, Any]], title: str) -> None:
@@ -129,7 +123,7 @@ _SHARED: Final = (
 )
 
 
-def with_context(command: Callable[Concatenate[CommandContext, P], R]) -> Callable[P, R]:
+def with_context(command: Callable[..., R]) -> Callable[..., R]:
     """Add the shared flags to a command; its function gets a CommandContext first, and a log on standard error.
 
     Stands right below `@click.command()`, or anywhere among its options."""

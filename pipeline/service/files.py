@@ -188,7 +188,7 @@ def _inside(event_time_ms: Int64, from_ms: int | None, to_ms: int | None) -> Any
 def _resolved(layout: FileLayout, columns: Sequence[FileColumn], path: Path) -> FileLayout:
     """The layout with its value columns filled in, every name in it checked against the file."""
     if not layout.time_column:
-        raise LayoutError(f"no time column was named; {_list_columns(path, columns)}")
+        raise LayoutError(f"no time column was named (--time-column); {_list_columns(path, columns)}")
     _require(path, columns, "time", layout.time_column)
     if layout.id_column and layout.sensor:
         raise LayoutError("an id column and one sensor's name were both given; expected one of the two")
@@ -197,7 +197,8 @@ def _resolved(layout: FileLayout, columns: Sequence[FileColumn], path: Path) -> 
     chosen = layout.value_columns
     if not chosen and layout.is_wide:
         raise LayoutError(
-            f"neither value columns (wide file) nor an id column (long file) were named; {_list_columns(path, columns)}"
+            "neither value columns (--value-columns, wide file) nor an id column (--id-column, long file) were named; "
+            + _list_columns(path, columns)
         )
     others = (layout.time_column, layout.id_column)
     if not chosen or chosen == ALL_COLUMNS:
