@@ -18,7 +18,7 @@ CELLS = {
 }
 
 
-@keras.saving.register_keras_serializable("millrace")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable("millrace")
 class StackedCells(keras.layers.Layer):  # type: ignore[misc]
     """Keras cells stacked, their state a value: in with the steps, out with the answer.
 
@@ -113,7 +113,7 @@ def _gru(cell: Any, ahead: Tensor, h: Tensor, _units: int) -> Tensor:
 _STEPS = {"simple_rnn": _simple_rnn, "lstm": _lstm, "gru": _gru}
 
 
-@keras.saving.register_keras_serializable("millrace")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable("millrace")
 class QuantileHeads(keras.layers.Layer):  # type: ignore[misc]
     """[hidden, input] -> mean and quantiles of all leads and targets, in scaled units.
 
@@ -182,7 +182,7 @@ class QuantileHeads(keras.layers.Layer):  # type: ignore[misc]
         return {**super().get_config(), **own}
 
 
-@keras.saving.register_keras_serializable("millrace")  # type: ignore[untyped-decorator]
+@keras.saving.register_keras_serializable("millrace")
 class NoCells(keras.layers.Layer):  # type: ignore[misc]
     """In the place of the cells of a network without memory: the answer hangs on the input alone, the state stays what
     it is."""
