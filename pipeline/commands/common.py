@@ -154,8 +154,8 @@ def set_up_logging(verbose: bool) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("models").setLevel(logging.DEBUG if verbose else logging.INFO)
-    # The Kafka client warns of each reconnect; what matters reaches people as an error of ours.
-    logging.getLogger("kafka").setLevel(logging.INFO if verbose else logging.ERROR)
+    # The Kafka client logs each retry, ten a second, as an error; what matters reaches people as an error of ours.
+    logging.getLogger("kafka").setLevel(logging.INFO if verbose else logging.CRITICAL)
     if not verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
