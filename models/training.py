@@ -343,7 +343,7 @@ class _Run:
         none."""
         futures = self.examples.futures
         before = np.append(0, np.cumsum(self.examples.sequences.end_ms <= border_ms))
-        return futures.run_start + before[futures.run_end] - before[futures.run_start]
+        return np.asarray(futures.run_start + before[futures.run_end] - before[futures.run_start], np.int64)
 
     def _run_start_of(self, position: Int64) -> Int64:
         run = np.searchsorted(self.examples.futures.run_start, position, side="right") - 1
