@@ -40,7 +40,7 @@ HOST = "127.0.0.1"
 DEFAULT_PORT = 9092
 DEFAULT_DATA_DIR = Path(".millrace/broker")
 DEFAULT_JVM_OPTIONS = "-Xms256m -Xmx512m"
-START_TIMEOUT_SECONDS = 60.0
+START_TIMEOUT_SECONDS = 120.0  # about 4 when the machine is idle; a loaded one takes long
 STOP_TIMEOUT_SECONDS = 20.0
 # Below the range from which the kernel gives ports to outgoing connections (32768 and up on Linux), so that none of
 # those takes a port between our look at it and the JVM's, or while the broker is stopped.
@@ -201,6 +201,8 @@ class LocalBroker:
         return identity
 
     def _choose_port(self, known: _Identity | None) -> int:
+        if known:
+            _wait_until_free(known.port)
         if self._requested_port == 0:
             return known.port if known and _is_free(known.port) else _free_port()
         port = self._requested_port or (known.port if known else DEFAULT_PORT)
@@ -367,6 +369,13 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def _wait_until_free(port: int, at_most_seconds: float = 2.0) -> None:
+    """A broker that was killed a moment ago can hold its ports a little longer than its process is to be seen."""
+    deadline = time.monotonic() + at_most_seconds
+    while not _is_free(port) and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _free_port(but: int = 0) -> int:
