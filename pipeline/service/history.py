@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
-from models.training import Sequences
 
+from models.sequences import Sequences
 from pipeline.errors import DeploymentError
 from pipeline.kafka.source import RecordSource
 from pipeline.service.files import FileBatch
@@ -43,8 +43,12 @@ class History:
             ids[slot] = self._ids[name]
         self._parts.append((ids[steps.slot], steps))
 
-    def sequences(self, from_ms: int | None = None, to_ms: int | None = None) -> Sequences:
-        """Steps whose windows end inside (from_ms, to_ms]. Raises DeploymentError if there are none."""
+    def sequences(
+        self, from_ms: int | None = None, to_ms: int | None = None, newest_ms: int | None = None
+    ) -> Sequences:
+        """Steps whose windows end inside (from_ms, to_ms], and no earlier than newest_ms before the last one.
+
+        Raises DeploymentError if there are none."""
         if self._parts:
             sensor = np.concatenate([ids for ids, _ in self._parts])
             end_ms = np.concatenate([steps.end_ms for _, steps in self._parts])
@@ -53,6 +57,8 @@ class History:
                 keep &= end_ms > from_ms
             if to_ms is not None:
                 keep &= end_ms <= to_ms
+            if newest_ms is not None and keep.any():
+                keep &= end_ms > end_ms[keep].max() - newest_ms
             if keep.any():
                 values = np.concatenate([steps.values for _, steps in self._parts])
                 reset = np.concatenate([steps.reset for _, steps in self._parts])
