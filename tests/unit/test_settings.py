@@ -1,0 +1,259 @@
+"""Settings: where values come from, what is refused, and in which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline._settings_reference import reference
+from pipeline.settings import SECTIONS, Settings, SettingsError, describe, format_duration, load, parse, parse_duration
+
+REPOSITORY = Path(__file__).parents[2]
+TEN_LINES = """
+[kafka]
+bootstrap_servers = "127.0.0.1:9092"
+[topics]
+domain = "plant"
+[readings]
+fields = ["temperature"]
+[windows]
+size = "1h"
+[forecast]
+horizon = 24
+"""
+
+
+def test_ten_lines_are_enough():
+    settings = parse(TEN_LINES)
+    assert settings.readings.targets == ("temperature",)
+    assert settings.windows.hop_ms == settings.windows.size_ms == 3_600_000
+    assert settings.topics.readings_topic == "plant.readings.v1"
+    assert settings.topics.dead_letters_topic == "plant.dead-letters.v1"
+    assert settings.kafka.group_id == "millrace-plant"
+    assert settings.topics.readings_retention_ms is None
+
+
+def test_no_file_at_all_gives_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load(None, {}) == Settings()
+
+
+def test_a_flag_wins_over_the_environment_and_the_environment_over_the_file(tmp_path):
+    file = tmp_path / "millrace.toml"
+    file.write_text('[windows]\nsize = "5m"\ngrace = "1m"\n[kafka]\nbootstrap_servers = "a:1"\n')
+    environ = {"MILLRACE_WINDOWS__SIZE": "10m", "MILLRACE_KAFKA__BOOTSTRAP_SERVERS": "b:2"}
+    settings = load(file, environ, {"kafka.bootstrap_servers": "c:3"})
+    assert settings.kafka.bootstrap_servers == "c:3"
+    assert (settings.windows.size_ms, settings.windows.grace_ms) == (600_000, 60_000)
+    assert settings.source_of("kafka.bootstrap_servers") == "--bootstrap-servers"
+    assert settings.source_of("windows.size") == "MILLRACE_WINDOWS__SIZE"
+    assert settings.source_of("windows.grace") == str(file)
+    assert settings.source_of("windows.late") == "default"
+
+
+def test_the_file_is_the_one_named_else_that_of_the_environment_else_the_one_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, horizon in (("millrace.toml", 1), ("environ.toml", 2), ("named.toml", 3)):
+        (tmp_path / name).write_text(f"[forecast]\nhorizon = {horizon}\n")
+    environ = {"MILLRACE_CONFIG": "environ.toml"}
+    assert load(None, {}).forecast.horizon == 1
+    assert load(None, environ).forecast.horizon == 2
+    assert load(Path("named.toml"), environ).forecast.horizon == 3
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path):
+    with pytest.raises(SettingsError, match=r"gone\.toml.*--config.*No such file"):
+        load(tmp_path / "gone.toml", {})
+    with pytest.raises(SettingsError, match="MILLRACE_CONFIG"):
+        load(None, {"MILLRACE_CONFIG": str(tmp_path / "gone.toml")})
+
+
+@pytest.mark.parametrize("text", ["a,b", "a, b", '["a", "b"]'])
+def test_a_list_in_the_environment_is_written_with_commas_or_as_in_toml(text):
+    assert parse("", environ={"MILLRACE_READINGS__FIELDS": text}).readings.fields == ("a", "b")
+
+
+def test_numbers_and_durations_in_the_environment_are_texts():
+    environ = {"MILLRACE_FORECAST__QUANTILES": "0.25, 0.75", "MILLRACE_TRAINING__HOLDOUT": "0.5"}
+    environ |= {"MILLRACE_FORECAST__SEASON": "24h,7d", "MILLRACE_KAFKA__SSL_CHECK_HOSTNAME": "false"}
+    settings = parse("", environ=environ)
+    assert settings.forecast.quantiles == (0.25, 0.75)
+    assert settings.forecast.season_ms == (86_400_000, 604_800_000)
+    assert settings.training.holdout == 0.5
+    assert settings.kafka.ssl_check_hostname is False
+
+
+def test_variables_that_are_no_settings_are_left_alone():
+    assert parse("", environ={"MILLRACE_TEST_BROKER": "docker", "PATH": "x__y", "MILLRACE_CONFIG": "z"}) == Settings()
+
+
+@pytest.mark.parametrize(
+    ("toml", "words"),
+    [
+        ('[windows]\nsze = "1h"', ['windows.sze = "1h"', "millrace.toml", "did you mean windows.size?"]),
+        ("[windows]\nhorizon = 3", ["windows.horizon = 3", "did you mean forecast.horizon?"]),
+        ("[window]", ["[window]", "did you mean [windows]?"]),
+        ("[http]\nport = 0", ["[http]", "later version"]),
+        ("horizon = 3", ["horizon = 3", "inside a section"]),
+        ('[windows]\nsize = "10 parsecs"', ['windows.size = "10 parsecs"', "a duration such as", 'size = "1h"']),
+        ("[windows]\nsize = 60", ["windows.size = 60", "a duration such as"]),
+        ('[windows]\nsize = ""', ['windows.size = ""', "a duration such as"]),
+        ('[windows]\nsize = "0s"', ['windows.size = "0s"', "longer than 0"]),
+        ('[windows]\nhop = "0s"', ['windows.hop = "0s"', "longer than 0"]),
+        ('[windows]\nhop = "25m"', ['windows.hop = "25m"', 'divides windows.size = "1h"']),
+        ('[windows]\nhop = "2h"', ['windows.hop = "2h"', 'divides windows.size = "1h"']),
+        ("[windows]\naggregates = []", ["windows.aggregates = []", "at least one"]),
+        ('[windows]\naggregates = ["mean", "mean"]', ["windows.aggregates", "'mean' is there twice"]),
+        ('[windows]\naggregates = ["median"]', ['windows.aggregates = ["median"]', "mean, sum, min, max, last, count"]),
+        ('[windows]\nlate = "drp"', ['windows.late = "drp"', 'did you mean "drop"?']),
+        ("[windows]\nmax_gap = -1", ["windows.max_gap = -1", "at least 0"]),
+        ("[readings]\nfields = []", ["readings.fields = []", "at least one field"]),
+        ('[readings]\nfields = ["a", "a"]', ["readings.fields", "'a' is there twice"]),
+        ('[readings]\nfields = ["a", 3]', ['readings.fields = ["a",3]', "a list of texts"]),
+        ('[readings]\nfields = ["heat"]\ntargets = ["heta"]', ['readings.targets = ["heta"]', "did you mean heat?"]),
+        ('[readings]\nfields = ["ts"]', ['readings.event_time = "ts"', "not in readings.fields"]),
+        ('[readings]\nsensor = "ts"', ['readings.sensor = "ts"', "another field than readings.event_time"]),
+        ("[forecast]\nhorizon = 0", ["forecast.horizon = 0", "at least 1"]),
+        ('[forecast]\nhorizon = "24"', ['forecast.horizon = "24"', "a whole number"]),
+        ("[forecast]\nquantiles = []", ["forecast.quantiles = []", "ascending levels"]),
+        ("[forecast]\nquantiles = [0.9, 0.1]", ["forecast.quantiles = [0.9,0.1]", "ascending levels"]),
+        ("[forecast]\nquantiles = [0.1, 1.0]", ["forecast.quantiles = [0.1,1.0]", "between 0 and 1"]),
+        ('[forecast]\nseason = ["1h"]', ['forecast.season = ["1h"]', "2 steps or more", "season = []"]),
+        ('[forecast]\nseason = ["150m"]', ['forecast.season = ["150m"]', 'multiples of windows.hop = "1h"']),
+        ('[forecast]\nseason = ["7d", "1d"]', ['forecast.season = ["7d","1d"]', "ascending"]),
+        ('[forecast]\nprofile = "lean"', ['forecast.profile = "lean"', "later version"]),
+        ('[model]\ncell = "gruu"', ['model.cell = "gruu"', 'did you mean "gru"?']),
+        ('[topics]\ndomain = "a b"', ['topics.domain = "a b"', "letters, digits"]),
+        ('[topics]\nforecasts = "plant.readings.v1"', ["topics.forecasts", "another topic than topics.readings"]),
+        ('[kafka]\nbootstrap_servers = "broker"', ['kafka.bootstrap_servers = "broker"', "host:port"]),
+        ('[kafka]\nsasl_mechanism = "PLAIN"', ["kafka.sasl_mechanism", "SASL_SSL"]),
+        ('[kafka]\nsecurity_protocol = "SASL_SSL"', ["kafka.sasl_mechanism", 'such as "PLAIN"']),
+        ("[windows]\nsize = 1h", ["millrace.toml is no TOML", "line 2"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_value_its_source_and_what_was_expected(toml, words):
+    with pytest.raises(SettingsError) as caught:
+        parse(toml)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_an_error_names_the_variable_or_flag_it_came_from():
+    with pytest.raises(SettingsError, match=r"unknown key windows\.sise = .*MILLRACE_WINDOWS__SISE.*windows\.size"):
+        parse("", environ={"MILLRACE_WINDOWS__SISE": "1h"})
+    with pytest.raises(SettingsError, match=r"forecast\.horizon = \"many\" \(MILLRACE_FORECAST__HORIZON\)"):
+        parse("", environ={"MILLRACE_FORECAST__HORIZON": "many"})
+    with pytest.raises(SettingsError, match=r"\(--bootstrap-servers\)"):
+        parse("", overrides={"kafka.bootstrap_servers": "nowhere"})
+
+
+def test_a_default_season_that_does_not_fit_the_steps_is_left_out():
+    assert parse('[windows]\nsize = "1d"').forecast.season_ms == ()
+    assert parse('[windows]\nsize = "7m"').forecast.season_ms == ()
+    assert parse('[windows]\nsize = "12h"').forecast.season_ms == (86_400_000,)
+
+
+def test_the_count_aggregate_may_stand_alone():
+    assert parse('[windows]\naggregates = ["count"]').windows.aggregates == ("count",)
+
+
+def test_settings_built_in_python_are_checked_as_well():
+    from pipeline.settings import ForecastSettings
+
+    with pytest.raises(SettingsError, match=r"forecast\.quantiles"):
+        Settings(forecast=ForecastSettings(quantiles=(0.9, 0.1)))
+
+
+def test_settings_cannot_be_changed():
+    with pytest.raises(AttributeError):
+        Settings().windows.size_ms = 1
+
+
+SECURE = """
+[kafka]
+security_protocol = "SASL_SSL"
+sasl_mechanism = "SCRAM-SHA-512"
+sasl_plain_username = "mill"
+sasl_plain_password = "s3cret"
+ssl_cafile = "ca.pem"
+ssl_password = "s3cret"
+ssl_ciphers = "HIGH"
+"""
+
+
+def test_secrets_are_shown_nowhere():
+    settings = parse(SECURE)
+    assert "s3cret" not in repr(settings)
+    assert "s3cret" not in str(settings.kafka)
+    assert "s3cret" not in str(describe(settings))
+    with pytest.raises(SettingsError) as caught:
+        parse("[kafka]\nsasl_plain_password = 83741")
+    assert "83741" not in str(caught.value)
+
+
+def test_the_clients_get_what_security_needs_and_nothing_that_is_not_set():
+    options = parse(SECURE).kafka.client_options()
+    assert options == {
+        "bootstrap_servers": ["127.0.0.1:9092"],
+        "client_id": "millrace",
+        "security_protocol": "SASL_SSL",
+        "ssl_check_hostname": True,
+        "sasl_mechanism": "SCRAM-SHA-512",
+        "sasl_plain_username": "mill",
+        "sasl_plain_password": "s3cret",
+        "ssl_cafile": "ca.pem",
+        "ssl_password": "s3cret",
+        "ssl_ciphers": "HIGH",
+    }
+    assert "ssl_ciphers" not in parse(SECURE).kafka.client_options(admin=True)
+    assert set(Settings().kafka.client_options()) == {"bootstrap_servers", "client_id", "security_protocol"}
+
+
+def test_every_security_option_of_the_client_that_a_file_can_hold_is_a_key():
+    from kafka import KafkaConsumer
+
+    objects = {"ssl_context", "sasl_oauth_token_provider"}  # made in Python
+    known = {name for name in KafkaConsumer.DEFAULT_CONFIG if name.startswith(("sasl_", "ssl_", "security_"))} - objects
+    keys = {info.encode_name for info in msgspec.structs.fields(SECTIONS["kafka"])}
+    assert {key for key in keys if key.startswith(("sasl_", "ssl_", "security_"))} == known
+
+
+def test_describe_says_every_key_once_with_its_value_and_source():
+    rows = describe(parse('[windows]\nsize = "5m"'))
+    by_key = {row["key"]: row for row in rows}
+    assert len(by_key) == len(rows) == sum(len(msgspec.structs.fields(kind)) for kind in SECTIONS.values())
+    assert by_key["windows.size"] == {"key": "windows.size", "value": "5m", "source": "millrace.toml"}
+    assert by_key["windows.hop"] == {"key": "windows.hop", "value": "5m", "source": "default"}
+    assert by_key["topics.readings"]["value"] == "plant.readings.v1"
+
+
+def test_what_is_shown_can_be_written_into_a_file_again():
+    settings = parse(TEN_LINES)
+    given: dict[str, object] = {row["key"]: row["value"] for row in describe(settings)}
+    again = parse("", overrides=given)
+    assert msgspec.structs.replace(again, sources={}) == msgspec.structs.replace(
+        settings,
+        sources={},
+        topics=again.topics,  # names written out
+    )
+    assert again.topics.forecasts_topic == settings.topics.forecasts_topic
+
+
+@given(st.integers(0, 10**12))
+def test_a_duration_survives_being_written_and_read(milliseconds):
+    assert parse_duration(format_duration(milliseconds)) == milliseconds
+
+
+@pytest.mark.parametrize("text", ["", "5", "h", "-1h", "1 hour", "1h 30", "0.0001ms", "1,5h", "inf s", "1e3s"])
+def test_what_is_no_duration_is_refused(text):
+    with pytest.raises(ValueError, match=r"duration|whole number"):
+        parse_duration(text)
+
+
+def test_the_page_of_settings_is_up_to_date():
+    page = (REPOSITORY / "docs" / "settings.md").read_text()
+    assert page == reference(), "run: python -m pipeline._settings_reference > docs/settings.md"
