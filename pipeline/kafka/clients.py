@@ -25,6 +25,8 @@ in pyproject.toml, after tests/contract has passed."""
 
 BOOTSTRAP_TIMEOUT_MS = 15_000
 REQUEST_TIMEOUT_MS = 30_000
+METADATA_TIMEOUT_MS = 15_000
+"""How long a topic may be unknown to the broker, which a topic created a moment ago is."""
 MAX_REQUEST_BYTES = 1_048_576
 """Kafka's default for max.request.size; a broker's default message.max.bytes is 12 bytes more."""
 
@@ -99,7 +101,7 @@ def make_producer(settings: HasKafka, **options: Any) -> Any:
         "enable_idempotence": True,
         "compression_type": None if compression == "none" else compression,
         "max_request_size": MAX_REQUEST_BYTES,
-        "max_block_ms": REQUEST_TIMEOUT_MS,
+        "max_block_ms": METADATA_TIMEOUT_MS,
         "allow_auto_create_topics": False,
         "metrics_enabled": False,
         "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,

@@ -27,7 +27,7 @@ from kafka.producer.future import FutureRecordMetadata
 from kafka.producer.producer_batch import ProducerBatch
 
 from pipeline.errors import DeploymentError
-from pipeline.kafka.clients import HasKafka, describe, fast_path, make_producer, missing_topic
+from pipeline.kafka.clients import REQUEST_TIMEOUT_MS, HasKafka, describe, fast_path, make_producer, missing_topic
 from pipeline.kafka.encode import EncodedBatch, encode_batches
 from pipeline.kafka.partitioner import Partitioner, partition_for
 from pipeline.stream.columns import Headers, OutgoingRecords
@@ -64,19 +64,15 @@ class RecordSink:
         pending_bytes: int = PENDING_BYTES,
     ) -> None:
         self._encode = fast_path(encode, "sending records")
+        self._settings = settings
         self._compression = settings.kafka.compression
         self._timeout_seconds = delivery_timeout_ms / 1000
-        self._producer = make_producer(
-            settings,
-            delivery_timeout_ms=delivery_timeout_ms,
-            request_timeout_ms=min(30_000, delivery_timeout_ms - LINGER_MS),
-            linger_ms=LINGER_MS,
-            batch_size=SEND_BATCH_BYTES,
-        )
         self._pending: deque[_Pending] = deque()
         self._pending_bytes = 0
         self._pending_limit = pending_bytes
         self._partitions: dict[str, set[int]] = {}
+        self._closed = False
+        self._producer: Any = self._open()
 
     def partitions(self, topic: str) -> int:
         """How many partitions the topic has. Raises DeploymentError where it does not exist."""
@@ -112,30 +108,31 @@ class RecordSink:
             self._pending.append(pending)
             self._pending_bytes += pending.size_bytes
             while self._pending_bytes > self._pending_limit:
-                self._await_oldest(time.monotonic() + self._timeout_seconds)
+                failure = self._await_oldest(time.monotonic() + self._timeout_seconds + GRACE_SECONDS)
+                if failure is not None:
+                    self._abandon()
+                    raise failure
 
     def flush(self) -> None:
         """Returns when everything sent so far is acknowledged. Raises DeploymentError naming the first that was not."""
         deadline = time.monotonic() + self._timeout_seconds + GRACE_SECONDS
         failure: DeploymentError | None = None
         while self._pending:
-            try:
-                self._await_oldest(deadline)
-            except DeploymentError as error:
-                failure = failure or error
+            failed = self._await_oldest(deadline)
+            failure = failure or failed
         if failure is not None:
+            self._abandon()
             raise failure
 
     def close(self, timeout_seconds: float = 10.0) -> None:
         """Stops the client's threads; what is not acknowledged by then is given up. Never raises, never hangs."""
+        self._closed = True
         try:
-            self._producer.close(timeout=timeout_seconds)
+            if self._producer is not None:
+                self._producer.close(timeout=timeout_seconds)
+                self._producer = None
         except KafkaError:  # its flush timed out, and it left itself open
-            self._producer._sender.force_close()
-            self._producer._sender.join(timeout_seconds)
-            self._producer.close(timeout=0)
-        self._pending.clear()
-        self._pending_bytes = 0
+            self._abandon()
 
     def __enter__(self) -> RecordSink:
         return self
@@ -143,17 +140,44 @@ class RecordSink:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _await_oldest(self, deadline: float) -> None:
+    def _open(self) -> Any:
+        delivery_timeout_ms = int(self._timeout_seconds * 1000)
+        return make_producer(
+            self._settings,
+            delivery_timeout_ms=delivery_timeout_ms,
+            request_timeout_ms=min(REQUEST_TIMEOUT_MS, delivery_timeout_ms - LINGER_MS),
+            linger_ms=LINGER_MS,
+            batch_size=SEND_BATCH_BYTES,
+        )
+
+    def _client(self) -> Any:
+        if self._closed:
+            raise DeploymentError("the sink is closed")
+        if self._producer is None:
+            self._producer = self._open()
+        return self._producer
+
+    def _abandon(self) -> None:
+        """Gives up whatever is under way, and the producer with it: after a failed batch 3.0.12 fails the next ones,
+        too, while it sorts out its sequence numbers. The next record opens another."""
+        producer, self._producer = self._producer, None
+        self._pending.clear()
+        self._pending_bytes = 0
+        self._partitions.clear()  # another producer has to learn of a topic before batches are handed to it
+        producer._sender.force_close()
+        producer._sender.join(GRACE_SECONDS)
+        producer.close(timeout=0)
+
+    def _await_oldest(self, deadline: float) -> DeploymentError | None:
         pending = self._pending.popleft()
         self._pending_bytes -= pending.size_bytes
         error = pending.wait(max(0.0, deadline - time.monotonic()))
-        if error is not None:
-            raise _undelivered(pending.partition, pending.count, pending.size_bytes, error)
+        return None if error is None else _undelivered(pending.partition, pending.count, pending.size_bytes, error)
 
     def _known_partitions(self, topic: str) -> set[int]:
         if topic not in self._partitions:
             try:
-                self._partitions[topic] = set(self._producer.partitions_for(topic))
+                self._partitions[topic] = set(self._client().partitions_for(topic))
             except (KafkaTimeoutError, InvalidTopicError, UnknownTopicOrPartitionError) as error:
                 raise missing_topic(topic) from error
             except KafkaError as error:
@@ -169,19 +193,18 @@ class RecordSink:
 
     def _append(self, partition: Any, encoded: EncodedBatch) -> _Pending:
         """What KafkaProducer.send and RecordAccumulator.append of 3.0.12 do for one record, for a whole batch."""
-        accumulator = self._producer._accumulator
+        producer = self._client()
+        accumulator = producer._accumulator
         batch = ProducerBatch(partition, encoded)
         batch._record_futures = futures = _FuturesIfSplit(batch)
         accumulator._appends_in_progress.increment()
         try:
             with accumulator._tp_lock(partition):
-                if accumulator._closed or self._producer._closed:
-                    raise DeploymentError("the sink is closed")
                 accumulator._batches[partition].append(batch)
                 accumulator._incomplete.add(batch)
         finally:
             accumulator._appends_in_progress.decrement()
-        self._producer._sender.wakeup()
+        producer._sender.wakeup()
         return _Pending(partition, encoded.next_offset(), encoded.size_in_bytes(), _BatchInFlight(batch, futures))
 
     def _send_one_by_one(self, records: OutgoingRecords) -> Sequence[_Pending]:
@@ -195,7 +218,7 @@ class RecordSink:
             value = b"" if key is None and value is None else value
             legal = [(name, content or b"") for name, content in own]
             try:
-                future = self._producer.send(*partition[:1], value, key, legal, records.partition, timestamp_ms)
+                future = self._client().send(records.topic, value, key, legal, records.partition, timestamp_ms)
             except (KafkaError, IllegalStateError) as error:
                 raise _undelivered(partition, 1, size, error) from error
             sent.append(_Pending(partition, 1, size + RECORD_BYTES, _RecordInFlight(future)))

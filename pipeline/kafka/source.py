@@ -78,6 +78,7 @@ class RecordSource:
         self._rebalances = _Rebalances()
         self._owned: set[int] = set()
         self._sought: set[int] = set()
+        self._paused: set[int] = set()
         self._consumer = make_consumer(
             settings,
             group_id=self.group_id,
@@ -158,9 +159,12 @@ class RecordSource:
         return None if offset is None or offset < 0 else int(offset)
 
     def commit(self, offsets: Mapping[int, int]) -> bool:
-        """Commits the next offset to read of each partition given. False when the group has moved on and some were
-        not committed: another member has those partitions, or will at the next poll, and reads on from the offset
-        committed before."""
+        """Commits the next offset to read of each partition given. True when the group has all of them.
+
+        False while the group is rearranging itself: partitions that another member has by now are left alone, it reads
+        on from what was committed before; those still assigned after the next poll can be committed then.
+        Raises DeploymentError when the broker fails or refuses.
+        """
         if self.group_id is None:
             raise ValueError("a source without a group has nothing to commit to: RecordSource(…, group=True)")
         own = {self._tp(p): OffsetAndMetadata(offset, "", -1) for p, offset in offsets.items() if self._still_ours(p)}
@@ -174,10 +178,15 @@ class RecordSource:
         return len(own) == len(offsets)
 
     def pause(self, partitions: Iterable[int]) -> None:
-        self._consumer.pause(*map(self._tp, partitions))
+        """Reads these no further until `resume`; in `on_assigned`, does not begin with them."""
+        paused = set(partitions) & self._owned
+        self._paused |= paused
+        self._consumer.pause(*map(self._tp, paused))
 
     def resume(self, partitions: Iterable[int]) -> None:
-        self._consumer.resume(*map(self._tp, partitions))
+        resumed = set(partitions) & self._owned
+        self._paused -= resumed
+        self._consumer.resume(*map(self._tp, resumed))
 
     def close(self) -> None:
         """Leaves the group (a static member does not) and closes the connections, within ten seconds. Commits
@@ -242,6 +251,7 @@ class RecordSource:
             new = sorted((set(partitions) & present) - self._owned)
             self._owned |= set(new)
             self._sought -= set(new)
+            self._paused -= set(new)
             if new and self.on_assigned:
                 self.on_assigned(new)
             self._start(new)
@@ -257,7 +267,8 @@ class RecordSource:
                         " given; seek() in on_assigned, to beginning_offsets() or end_offsets()"
                     )
                 self._consumer.seek(self._tp(partition), offset)
-            self._consumer.resume(self._tp(partition))
+            if partition not in self._paused:
+                self._consumer.resume(self._tp(partition))
 
     def _still_ours(self, partition: int) -> bool:
         return partition in self._owned and not self._rebalances.revokes(partition)
