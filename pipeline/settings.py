@@ -240,7 +240,7 @@ class WindowSettings(Section, frozen=True):
     aggregates: Annotated[
         tuple[Literal["mean", "sum", "min", "max", "last", "count"], ...],
         Meta(
-            description="What a step holds of each field: mean, sum, min, max, last, count.",
+            description="What a step holds of each field; the first of them is what is forecast.",
             extra={"example": '["mean"]'},
         ),
     ] = ("mean",)

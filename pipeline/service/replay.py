@@ -184,15 +184,13 @@ def paced(
 
 
 def _slice(batch: FileBatch, start: int, stop: int) -> FileBatch:
+    """Rows start to stop. A small piece of a batch of many sensors names only its own: else each would cost as much as all."""
     rows = slice(start, stop)
-    return FileBatch(
-        batch.sensors,
-        batch.codes[rows],
-        batch.event_time_ms[rows],
-        batch.values[rows],
-        batch.field_names,
-        batch.share_read,
-    )
+    sensors, codes = batch.sensors, batch.codes[rows]
+    if stop - start < len(sensors):
+        own, relabelled = np.unique(codes, return_inverse=True)
+        sensors, codes = [sensors[code] for code in own.tolist()], relabelled.astype(np.int32)
+    return FileBatch(sensors, codes, batch.event_time_ms[rows], batch.values[rows], batch.field_names, batch.share_read)
 
 
 def event_times(report: ReplayReport) -> tuple[str, str]:

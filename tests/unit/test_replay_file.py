@@ -357,6 +357,15 @@ def test_asked_to_stop_it_stops_between_two_pieces():
     assert sum(map(len, at_full_speed)) == 2 * READINGS_AT_ONCE
 
 
+def test_pieces_of_a_batch_of_many_sensors_keep_each_reading_with_its_sensor():
+    batch = batch_of([[float(n)] for n in range(50)], ("v",), [f"pump-{n}" for n in range(50)])
+    wall, left = Wall(), []
+    for piece in paced([batch], 10.0, lambda: wall.seconds, wall.sleep):
+        assert len(piece.sensors) <= len(piece)
+        left += [(piece.sensors[code], row[0]) for code, row in zip(piece.codes.tolist(), piece.values.tolist())]
+    assert left == [(f"pump-{n}", float(n)) for n in range(50)]
+
+
 def test_a_speed_is_max_or_a_positive_number():
     assert (check_speed("max"), check_speed("60")) == (None, 60.0)
     for text in ("0", "-1", "inf", "nan", "fast"):
