@@ -69,8 +69,9 @@ def iter_blocks(
     if not len(sensor):
         return
     if _all_distinct(sensor):
-        for first in range(0, len(sensor), max_rows):
-            rows = np.arange(first, min(first + max_rows, len(sensor)))
+        room = min(max_rows, max_cells)
+        for first in range(0, len(sensor), room):
+            rows = np.arange(first, min(first + room, len(sensor)))
             yield Block(sensor[rows], rows[:, None], np.ones((len(rows), 1), np.bool_), reset[rows])
         return
     order = np.argsort(sensor, kind="stable")

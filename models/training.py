@@ -288,14 +288,15 @@ class _Run:
         offset = self.random.integers(0, size, len(end))
         pieces = cut_pieces(futures.run_start, end, size, offset, options.warmup_steps)
         chunks = max(1.0, float((pieces.end - pieces.start).sum()) / options.chunk_steps)
-        losses, passed = [], 0.0
+        losses, labels, passed = [], 0.0, 0.0
         for inputs, live in self._batches(pieces, self.random.permutation(len(pieces.start)), self.stopping_from_ms):
             self._optimizer.learning_rate.assign(self._learning_rate(epoch - 1 + min(1.0, passed / chunks)))
             loss, self._state = self._step(*inputs)
             losses.append(float(loss))
+            labels += float(inputs[4].sum())
             passed += float(live.sum()) / options.chunk_steps
             self._report(epoch, min(1.0, passed / chunks), float(np.mean(losses)), None)
-        if not losses:
+        if not labels:
             raise TrainingError(
                 f"no label in {len(self.examples.sequences)} steps: expected runs longer than the warm-up and a lead"
             )
