@@ -26,7 +26,7 @@ types: install
 	$(BIN)/mypy
 
 doctests: install
-	$(BIN)/python -m pytest -q --doctest-modules pipeline/stream pipeline/kafka pipeline/service pipeline/settings.py models
+	$(BIN)/python -m pytest -q --doctest-modules pipeline models
 
 fast: install  ## no broker
 	$(BIN)/python -m pytest -q -m "not broker"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from models.forecaster import Forecaster, SeriesSpec
 from pipeline.errors import DeploymentError
 from pipeline.stream.serdes import ReadingFormat
@@ -66,7 +68,12 @@ def load_model(settings: Settings) -> Forecaster | None:
         raise DeploymentError(str(error)) from error
 
 
-def bytes_per_sensor(settings: Settings, model: Forecaster | None = None) -> dict[str, int]:
-    """State of one sensor by column, in bytes; the model's hidden state only with a model."""
-    table = ForecastTask(task_settings(settings), model).table
-    return {name: column.bytes_per_sensor for name, column in table.columns.items()}
+def bytes_per_sensor(settings: Settings) -> dict[str, int]:
+    """State of one sensor by column, in bytes, the hidden state of the configured network included."""
+    columns = ForecastTask(task_settings(settings)).table.columns
+    model = settings.model
+    # An LSTM carries a hidden and a cell state. Known without the model itself, which would cost a start of TensorFlow.
+    per_unit = np.dtype(np.float32).itemsize * (2 if model.cell == "lstm" else 1)
+    return {name: column.bytes_per_sensor for name, column in columns.items()} | {
+        "rnn.hidden": model.layers * model.units * per_unit
+    }
