@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from kafka.errors import (
     KafkaError,
     OffsetOutOfRangeError,
     RebalanceInProgressError,
+    RetriableError,
     UnknownMemberIdError,
 )
 
@@ -121,7 +123,7 @@ class RecordSource:
         with telling_deployment_errors(f'reading topic "{self.topic}"'):
             fetched = self._poll_client(timeout_ms)
         self._settle()
-        return [self._columns(partition, fetched[partition]) for partition in sorted(fetched)]
+        return [columns for partition in sorted(fetched) for columns in self._columns(partition, fetched[partition])]
 
     def positions(self) -> dict[int, int]:
         """The next offset that `poll` will give, of each assigned partition. Control records and gaps are passed
@@ -225,17 +227,18 @@ class RecordSource:
         except CorruptRecordError as error:
             raise DeploymentError(
                 f'topic "{self.topic}", positions {self.positions()}: {describe(error)}; the log or the network is'
-                " damaged: repair"
-                " the broker's disk, or seek past the batch"
+                " damaged: repair the broker's disk, or seek past the batch"
             ) from error
+        except RetriableError as error:  # a broker restarts, a leader moves: the client finds its way back by itself
+            log.warning("reading topic %s: %s; trying again", self.topic, describe(error))
+            time.sleep(timeout_ms / 1000)
+            return {}
 
-    def _columns(self, partition: int, found: list[Any]) -> RecordColumns:
+    def _columns(self, partition: int, found: list[Any]) -> list[RecordColumns]:
         if self._hooked:
-            columns: RecordColumns = found[0]  # a partition has one fetch at a time, and a fetch is one set of columns
-            return columns
-        return RecordColumns.build(
-            self.topic, partition, ((r.offset, r.timestamp, r.key, r.value, r.headers or ()) for r in found)
-        )
+            return found  # one: a partition has one fetch at a time, and a fetch is one set of columns
+        records = ((r.offset, r.timestamp, r.key, r.value, r.headers or ()) for r in found)
+        return [RecordColumns.build(self.topic, partition, records)]
 
     def _settle(self) -> None:
         """Tells the caller what the rebalances since the last call did, and lets new partitions run once they have a
