@@ -33,9 +33,9 @@ from pipeline.service.narrator import Narrator
 from pipeline.service.picture import Fan, LeadErrors, Panel, draw, write_page
 from pipeline.service.simulator import DAY_MS, HOUR_MS, UNITS, Fleet, Habits
 from pipeline.service.tally import Score, Served, Tally, compare
-from pipeline.service.watch import StreamView, Tail, clock
+from pipeline.service.watch import READINGS_BACK, StreamView, Tail, clock
 from pipeline.settings import Settings, load
-from pipeline.stream.columns import OK, STALE, OutgoingRecords
+from pipeline.stream.columns import OK, STALE, OutgoingRecords, RecordColumns
 from pipeline.stream.task import TaskSettings
 
 TARGET: Final = "temperature"
@@ -164,8 +164,8 @@ class Demo:
             self._restart_with_model()
         with self.narrator.stage(f"live: {self.plan.live_hours} hours in {self.plan.live_seconds:.0f} seconds"):
             self._live()
-        with self.narrator.stage("the last answers"):
-            self._drain(self._ledger.settle())
+        with self.narrator.stage("the last answers") as say:
+            self._drain(self._ledger.settle(), say)
         self._stop_worker()
 
     # -- stages
@@ -189,14 +189,9 @@ class Demo:
         self.tally = Tally(self._task.spec, TARGET, self._fleet.names)
         self._sink = self._stack.enter_context(RecordSink(self.settings))
         topics = self.settings.topics
-        self._tails = [
-            (self._stack.enter_context(Tail(self.settings, topic, None)), take)
-            for topic, take in (
-                (topics.readings_topic, [self.view.take_readings]),
-                (topics.forecasts_topic, [self.tally.take_forecasts, self.view.take_forecasts]),
-                (topics.dead_letters_topic, [self.tally.take_dead_letters]),
-            )
-        ]
+        self._tails: list[tuple[Tail, list[Callable[[RecordColumns], None]]]] = []
+        self._listen(topics.forecasts_topic, None, self.tally.take_forecasts, self.view.take_forecasts)
+        self._listen(topics.dead_letters_topic, None, self.tally.take_dead_letters)
 
     def _start_broker(self) -> str:
         home = Path(".millrace")
@@ -223,13 +218,13 @@ class Demo:
         while not trainer.finished():
             self._poll()
             self._check_worker()
-            lines = trainer.output().strip().splitlines()
-            say(f"{self.tally.forecasts:,} baseline forecasts so far; {lines[-1].strip()[:60] if lines else ''}")
+            say(f"meanwhile the baseline has answered {self.tally.forecasts:,} times")
         if not Path(self.settings.model.path).exists():
             raise DeploymentError(f"`millrace train` ended well, but there is no model at {self.settings.model.path}")
 
     def _restart_with_model(self) -> None:
         """Ends the worker cleanly, starts one that has the model, and waits until the model answers."""
+        self._listen(self.settings.topics.readings_topic, READINGS_BACK, self.view.take_readings)
         self._stop_worker()
         self._start_worker()
         self._send_until(self.plan.live_from_ms + HEAD_START_MS)
@@ -264,18 +259,17 @@ class Demo:
             if self.tally.forecasts_read > count:
                 quiet_since, count = time.monotonic(), self.tally.forecasts_read
         self._killed_at, self._before = self.tally.forecasts, self.tally.newest_steps
-        self.narrator.end_picture()
         self.narrator.tell(f"kill -9 {pid}: {self._fleet.names[0]} stood at state_steps {self._before.get(0, 0):,}")
         self._start_worker()
 
-    def _drain(self, account: Account) -> None:
+    def _drain(self, account: Account, say: Callable[[str], None]) -> None:
         """Until everything that is due has come, and nothing more comes."""
         due, letters = account.forecasts, sum(account.dead_letters.values())
         deadline = time.monotonic() + ANSWER_SECONDS
         while (self.tally.forecasts < due or len(self.tally.dead_letters) < letters) and time.monotonic() < deadline:
             self._poll()
             self._check_worker()
-            self.narrator.picture(self.view, f"{due - self.tally.forecasts:,} forecasts are still to come")
+            say(f"{due - self.tally.forecasts:,} forecasts are still to come")
         quiet_until = time.monotonic() + SILENCE_SECONDS
         while time.monotonic() < quiet_until:
             self._poll()
@@ -309,6 +303,9 @@ class Demo:
             self._ledger.add(batch, partition)
             self._sent_until_ms = until
             self._poll(0)
+
+    def _listen(self, topic: str, back: int | None, *take: Callable[[RecordColumns], None]) -> None:
+        self._tails.append((self._stack.enter_context(Tail(self.settings, topic, back)), list(take)))
 
     def _poll(self, timeout_ms: int = 20) -> None:
         for tail, takers in self._tails:
@@ -426,7 +423,8 @@ class Demo:
         first, last = max(at - PICTURED_DAYS * 24, 0), at + spec.horizon
         ends = (np.arange(first, last + 1) + account.first_window) * account.hop_ms + account.size_ms
         found = 0
-        for row in np.flatnonzero(served.issued_at_ms == cutoff).tolist():
+        made_there = np.flatnonzero(served.issued_at_ms == cutoff)
+        for row in made_there[np.argsort(served.sensor[made_there])].tolist():
             sensor = int(served.sensor[row])
             truth = account.truth[sensor, first : last + 1]
             if np.isnan(truth).any() or found == 3:

@@ -313,8 +313,8 @@ class _Profile:
         hours = (time_ms % DAY_MS) / HOUR_MS - self.phase_hours
         angle = 2 * np.pi * (hours - 9) / 24  # warmest in the afternoon
         swing = np.sin(angle) + 0.35 * np.sin(2 * angle + 0.6)
-        at_weekend = (time_ms // DAY_MS + 3) % 7 >= 5  # 1970-01-01 was a Thursday
-        swing = np.where(at_weekend, self.weekend * swing - (1 - self.weekend), swing)
+        rest = _at_rest(time_ms) * (1 - self.weekend)
+        swing = (1 - rest) * swing - rest
         weeks = time_ms / WEEK_MS
         drift = self.year * np.sin(2 * np.pi * weeks / 52) + self.wave * np.sin(2 * np.pi * weeks / self.wave_weeks)
         return np.round(self.level + self.amplitude * swing + drift + self.noise * noise, 2)
@@ -322,6 +322,13 @@ class _Profile:
     def pressure(self, temperature: Float64, rng: np.random.Generator) -> Float64:
         """(slots, sensors) bar: follows the temperature."""
         return 2.0 + 0.02 * (temperature - self.level) + rng.normal(0, 0.02, temperature.shape)
+
+
+def _at_rest(time_ms: Int64) -> Float64:
+    """0 on weekdays, 1 at weekends, six hours to wind down on Saturday and to start up on Monday (UTC)."""
+    hours = (time_ms - 2 * DAY_MS) % WEEK_MS / HOUR_MS  # since Saturday 00:00; 1970-01-01 was a Thursday
+    down, up = (np.clip((hours - start) / 6, 0, 1) for start in (0, 48))
+    return np.asarray((3 - 2 * down) * down**2 - (3 - 2 * up) * up**2)
 
 
 def _noise_kernel(slots: int, interval_ms: int) -> NDArray[Any]:

@@ -32,7 +32,7 @@ from pipeline.stream.task import StepTask, TaskSettings
 READINGS_BACK: Final = 20_000
 FORECASTS_BACK: Final = 2_000
 """How far before the end of each partition a view begins: some days of a few dozen sensors, a second's reading."""
-PATIENCE_SECONDS: Final = 10.0
+PATIENCE_SECONDS: Final = 5.0
 """How long a sensor that was asked for may stay away while others are heard."""
 NEIGHBOURS: Final = 5
 
@@ -432,12 +432,15 @@ def _facts(view: StreamView, newest: Forecast | None) -> Text:
         "  status ",
         (newest.status, _STATUS_COLOURS.get(newest.status, "default")),
         f" · model {newest.model} · state_steps {newest.state_steps:,}",
-        f" · source partition {newest.partition} offset {newest.offset:,} ({max(behind, 0):,} readings ago)",
-        f" · event time {max(lag_ms, 0) / 60_000:.0f} min further",
     )
     hit = _hits(view)
     if hit is not None:
-        text.append(f"\n  of the last {hit[1]} windows {hit[0]} came out inside the band forecast one step before")
+        text.append(f" · one step ahead {hit[0]} of {hit[1]} inside the band")
+    text.append(
+        f"\n  source partition {newest.partition}, offset {newest.offset:,}: since then {max(behind, 0):,} readings"
+        f" and {max(lag_ms, 0) / 60_000:,.0f} minutes of event time",
+        style="bright_black",
+    )
     return text
 
 
