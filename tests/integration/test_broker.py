@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -18,13 +19,22 @@ from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
 
 from pipeline.errors import DeploymentError
+from pipeline.kafka import jars
 from pipeline.kafka.broker import LocalBroker
 from tests.helpers.broker import RunningBroker, make_topic, produce_records, read_all
 
 DAY_MS = 86_400_000
 WAIT_SECONDS = 60.0
+ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.broker
+pytestmark = [
+    pytest.mark.broker,
+    # Without a kind, the broker of all tests is a local one, and a missing Java fails them rather than skipping these.
+    pytest.mark.skipif(
+        bool(os.environ.get("MILLRACE_TEST_BROKER")) and not (shutil.which("java") and shutil.which("mvn")),
+        reason="the broker of these tests is another one, and a local one needs Java and Maven",
+    ),
+]
 
 
 @pytest.fixture
@@ -56,11 +66,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def millrace(*arguments: str, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).resolve().parents[2]
     return subprocess.run(
         [sys.executable, "-m", "pipeline.cli", *arguments],
         cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(root)} | environ,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
         capture_output=True,
         text=True,
         check=False,
@@ -154,6 +163,19 @@ def identity(local: LocalBroker) -> dict[str, Any]:
     return json.loads((local.data_dir / "broker.json").read_text())
 
 
+def test_two_processes_that_resolve_the_jars_at_once_both_get_all_of_them(tmp_path):
+    script = "import pathlib, sys; from pipeline.kafka import jars; print(jars.resolve(pathlib.Path(sys.argv[1])))"
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) for _ in "ab"]
+    folders = {process.communicate(timeout=240)[0].strip() for process in processes}
+    assert [process.returncode for process in processes] == [0, 0]
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == [Path(folder) for folder in folders]
+    names = {path.name for path in Path(folders.pop()).iterdir()}
+    assert f"kafka_2.13-{jars.kafka_version(jars.resource('pom.xml'))}.jar" in names
+    assert len(names) > 50
+    assert jars.resolve(tmp_path, environ={"PATH": ""}).is_dir()  # from the cache: no Maven needed
+
+
 def test_a_replay_of_last_year_needs_readings_that_are_kept_for_ever(tmp_path):
     """The trap: time-based retention looks at record timestamps, so a topic kept for 7 days loses old ones at once."""
     hasty = {"log.initial.task.delay.ms": "200", "log.retention.check.interval.ms": "200"}
@@ -201,6 +223,7 @@ def test_the_log_can_be_followed_until_the_broker_stops(local):
     lines: list[str] = []
     follower = threading.Thread(target=lambda: lines.extend(local.follow(1)))
     follower.start()
+    wait_for(lambda: len(lines) > 0)  # the last line there was: from here on it follows
     local.stop()
     follower.join(timeout=WAIT_SECONDS)
     assert not follower.is_alive()

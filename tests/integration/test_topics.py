@@ -1,5 +1,6 @@
 """The six topics on a real broker: made as the settings need them, and held against them."""
 
+import socket
 import time
 
 import pytest
@@ -127,3 +128,13 @@ def test_more_replicas_than_brokers_is_an_error_that_names_the_topic(broker, dom
     settings = settings_for(broker, domain, topics__replication_factor="100")
     with pytest.raises(DeploymentError, match=rf"create topic {domain}\.readings\.v1"):
         topics.create(settings)
+
+
+def test_a_broker_that_does_not_answer_is_named_with_what_to_do(monkeypatch):
+    monkeypatch.setattr(topics, "UNREACHABLE_AFTER_MS", 500)
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts a connection and never speaks
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        settings = load(None, environ={}, overrides={"kafka.bootstrap_servers": address})
+        for call in (topics.create, topics.check):
+            with pytest.raises(DeploymentError, match=rf"(?s){address}.*millrace broker start.*--bootstrap-servers"):
+                call(settings)
