@@ -25,6 +25,8 @@ in pyproject.toml, after tests/contract has passed."""
 
 BOOTSTRAP_TIMEOUT_MS = 15_000
 REQUEST_TIMEOUT_MS = 30_000
+RECONNECT_BACKOFF_MAX_MS = 5_000
+"""The client's default of 30 s leaves a broker that has come back unnoticed for as long."""
 METADATA_TIMEOUT_MS = 15_000
 """How long a topic may be unknown to the broker, which a topic created a moment ago is."""
 MAX_REQUEST_BYTES = 1_048_576
@@ -85,6 +87,7 @@ def make_consumer(settings: HasKafka, **options: Any) -> Any:
         "metrics_enabled": False,
         "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
+        "reconnect_backoff_max_ms": RECONNECT_BACKOFF_MAX_MS,
         # Incremental rebalances: whoever stays with its partitions keeps their state, and goes on while others move.
         "partition_assignment_strategy": (CooperativeStickyAssignor,),
     }
@@ -106,6 +109,7 @@ def make_producer(settings: HasKafka, **options: Any) -> Any:
         "metrics_enabled": False,
         "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
+        "reconnect_backoff_max_ms": RECONNECT_BACKOFF_MAX_MS,
     }
     with telling_deployment_errors(f"connecting to {settings.kafka.bootstrap_servers}"):
         return KafkaProducer(**(defaults | settings.kafka.client_options() | options))
