@@ -16,6 +16,9 @@ CELLS = {
     "lstm": keras.layers.LSTMCell,
     "gru": keras.layers.GRUCell,
 }
+UNROLLED = 8
+"""Steps written out in one round of the loop in training, where a round costs as much as several steps of a small cell.
+XLA gains nothing from it and takes four times as long to compile."""
 
 
 @keras.saving.register_keras_serializable("millrace")
@@ -40,34 +43,46 @@ class StackedCells(keras.layers.Layer):  # type: ignore[misc]
             size = self.units
         self.built = True
 
-    def call(self, inputs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def call(self, inputs: tuple[Tensor, Tensor, Tensor], training: bool = False) -> tuple[Tensor, Tensor]:
         """(x (B, T, F), mask (B, T), state (L, B, S)) -> (hidden (B, T, units) of the top level, state (L, B, S))."""
         x, mask, state = inputs
         live = tf.transpose(tf.cast(mask, tf.bool))[..., None]
         sequence = tf.transpose(x, [1, 0, 2])
         states = []
         for level, cell in enumerate(self.cells):
-            sequence, final = self._run(cell, sequence, live, state[level])
+            sequence, final = self._run(cell, sequence, live, state[level], UNROLLED if training else 1)
             states.append(final)
         return tf.transpose(sequence, [1, 0, 2]), tf.stack(states)
 
-    def _run(self, cell: Any, sequence: Tensor, live: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, cell: Any, sequence: Tensor, live: Tensor, state: Tensor, unrolled: int) -> tuple[Tensor, Tensor]:
         """sequence: (T, B, F); live: (T, B, 1); state: (B, S) -> hidden (T, B, units), state (B, S)."""
         ahead = tf.einsum("tbf,fg->tbg", sequence, cell.kernel) + (cell.bias[0] if self.cell == "gru" else cell.bias)
-        steps = sequence.shape[0] if sequence.shape[0] is not None else tf.shape(sequence)[0]
+        steps = sequence.shape[0]
+        stride = next(size for size in range(unrolled, 0, -1) if (steps or 1) % size == 0)
+        ahead, live = (tf.reshape(part, [-1, stride, *tf.unstack(tf.shape(part)[1:])]) for part in (ahead, live))
 
-        def step(at: Tensor, state: Tensor, hidden: Any) -> tuple[Tensor, Tensor, Any]:
-            after = tf.where(live[at], _STEPS[self.cell](cell, ahead[at], state, self.units), state)
-            return at + 1, after, hidden.write(at, after[:, : self.units])
+        def stretch(x_part: Tensor, live_part: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+            hidden = []
+            for x, on in zip(tf.unstack(x_part, stride), tf.unstack(live_part, stride)):
+                state = tf.where(on, _STEPS[self.cell](cell, x, state, self.units), state)
+                hidden.append(state[:, : self.units])
+            return tf.stack(hidden), state
 
-        if steps == 1:
-            _, final, hidden = step(0, state, _Single())
-            return hidden.value[None], final
-        hidden = tf.TensorArray(tf.float32, steps, element_shape=(sequence.shape[1], self.units))
+        if steps == stride:
+            return stretch(ahead[0], live[0], state)
+        rounds = steps // stride if steps else tf.shape(ahead)[0]
+        # Read from an array, not by slicing: the gradient of a slice is as large as the whole, in every round.
+        parts = tf.TensorArray(tf.float32, rounds).unstack(ahead)
+
+        def body(at: Tensor, state: Tensor, hidden: Any) -> tuple[Tensor, Tensor, Any]:
+            found, state = stretch(parts.read(at), live[at], state)
+            return at + 1, state, hidden.write(at, found)
+
+        hidden = tf.TensorArray(tf.float32, rounds, element_shape=(stride, sequence.shape[1], self.units))
         _, final, hidden = tf.while_loop(
-            lambda at, *_: at < steps, step, (0, state, hidden), maximum_iterations=steps, parallel_iterations=1
+            lambda at, *_: at < rounds, body, (0, state, hidden), maximum_iterations=rounds, parallel_iterations=1
         )
-        return hidden.stack(), final
+        return tf.reshape(hidden.stack(), [-1, tf.shape(sequence)[1], self.units]), final
 
     def compute_output_shape(self, shapes: Any) -> Any:
         x, _, state = shapes
@@ -75,16 +90,6 @@ class StackedCells(keras.layers.Layer):  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), "cell": self.cell, "units": self.units, "layers": self.depth}
-
-
-class _Single:
-    """A TensorArray of one, without the array."""
-
-    value: Tensor
-
-    def write(self, _at: int, value: Tensor) -> _Single:
-        self.value = value
-        return self
 
 
 def _simple_rnn(cell: Any, ahead: Tensor, h: Tensor, _units: int) -> Tensor:
