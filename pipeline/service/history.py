@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -80,13 +80,18 @@ def from_topic(
 
     from_ms, to_ms: record timestamps, epoch ms; None = the whole log. on_progress(read, total) in offsets."""
     history = History(settings)
-    start = source.beginning_offsets() if from_ms is None else source.offsets_for_time(from_ms)
-    end = source.end_offsets()
+    everything = source.partitions  # none is assigned before the first poll
+    start = source.beginning_offsets(everything) if from_ms is None else source.offsets_for_time(from_ms, everything)
+    end = source.end_offsets(everything)
     if to_ms is not None:
-        until = source.offsets_for_time(to_ms)
+        until = source.offsets_for_time(to_ms, everything)
         end = {partition: min(end[partition], until[partition]) for partition in end}
-    for partition, offset in start.items():
-        source.seek(partition, offset)
+
+    def begin(partitions: Sequence[int]) -> None:
+        for partition in partitions:
+            source.seek(partition, start[partition])
+
+    source.on_assigned = begin
     tasks = {partition: StepTask(settings) for partition in end}
     total = sum(max(end[partition] - start[partition], 0) for partition in end)
     while any(
