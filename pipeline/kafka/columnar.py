@@ -1,12 +1,14 @@
 """Record batches in Kafka's format v2 -> RecordColumns: a whole fetch at once, no Python object per record.
 
-    fetch  =  batch batch batch …         batch   =  header (61 bytes), section (compressed or not) section = record
-    record record …      record  =  length, attributes, timestamp delta, offset delta, key, value, headers
+    fetch   = batch batch batch …
+    batch   = header (61 bytes), section (compressed or not)
+    section = record record record …
+    record  = length, attributes, timestamp delta, offset delta, key, value, headers
 
 A record's place is known only from the lengths of those before it, so one short Python loop walks the record lengths;
 everything else (headers of batches, varints, offsets, timestamps) is NumPy over all records of the fetch, however
-many batches they came in. Uncompressed sections are not copied. Format:
-https://kafka.apache.org/documentation/#messageformat
+many batches they came in. Uncompressed sections are not copied.
+Format: https://kafka.apache.org/documentation/#messageformat
 """
 
 from __future__ import annotations

@@ -101,8 +101,7 @@ class RecordSink:
         if batch.partition not in self._known_partitions(batch.topic):
             raise DeploymentError(
                 f'topic "{batch.topic}" has {self.partitions(batch.topic)} partitions, records for partition'
-                f" {batch.partition} came;"
-                ' "millrace topics check" compares the topics with the settings'
+                f' {batch.partition} came; "millrace topics check" compares the topics with the settings'
             )
         for pending in self._send_encoded(batch) if self._encode else self._send_one_by_one(batch):
             self._pending.append(pending)

@@ -53,10 +53,10 @@ class RecordSource:
     """Reads one topic. One thread; not to be shared.
 
     group: True = a member of `settings.kafka.group_id`; False = all partitions, or those given, without a group.
-    hook: True = decode whole batches, False = the client's own iterator, None = whichever the installed client
-    allows. on_assigned, on_revoked: called inside `poll`, on the thread that polls, with partition numbers. In
-    `on_assigned` the caller may use every method of the source, and seeks where it wants to start. When `on_revoked`
-    is called the partitions are already gone: whatever is to be committed has to be committed before `poll`.
+    hook: True = decode whole batches, False = the client's own iterator, None = whichever the installed client allows.
+    on_assigned, on_revoked: called inside `poll`, on the thread that polls, with partition numbers. In `on_assigned`
+    the caller may use every method of the source, and seeks where it wants to start. When `on_revoked` is called the
+    partitions are already gone: whatever is to be committed has to be committed before `poll`.
     """
 
     def __init__(
@@ -115,9 +115,9 @@ class RecordSource:
     def poll(self, timeout_ms: int = 200) -> list[RecordColumns]:
         """What has arrived, at most one set of columns a partition; waits up to `timeout_ms` for the first.
 
-        Keep the timeout at half a second or less: a signal handler's wish to stop is seen between two polls. Raises
-        DeploymentError for an offset outside the log, a partition without a start, damaged records, or a broker that
-        refuses.
+        Keep the timeout at half a second or less: a signal handler's wish to stop is seen between two polls.
+        Raises DeploymentError for an offset outside the log, a partition without a start, damaged records, or a
+        broker that refuses.
         """
         self._settle()
         with telling_deployment_errors(f'reading topic "{self.topic}"'):
@@ -128,11 +128,15 @@ class RecordSource:
     def positions(self) -> dict[int, int]:
         """The next offset that `poll` will give, of each assigned partition. Control records and gaps are passed
         over, so that a partition read to its end stands at `end_offsets()`."""
-        return {p: self._consumer.position(self._tp(p), timeout_ms=REQUEST_TIMEOUT_MS) for p in self.assignment}
+        own = self._held(self._owned)
+        return {p: self._consumer.position(self._tp(p), timeout_ms=REQUEST_TIMEOUT_MS) for p in own}
 
     def seek(self, partition: int, offset: int) -> None:
-        """The next poll starts there."""
-        self._consumer.seek(self._tp(partition), offset)
+        """The next poll starts there. Nothing happens where a rebalance is just taking the partition away."""
+        if partition not in self._owned:
+            raise ValueError(f'partition {partition} of topic "{self.topic}" is not assigned: {self.assignment} are')
+        if self._held([partition]):
+            self._consumer.seek(self._tp(partition), offset)
         self._sought.add(partition)
 
     def beginning_offsets(self, partitions: Iterable[int] | None = None) -> dict[int, int]:
@@ -183,12 +187,12 @@ class RecordSource:
         """Reads these no further until `resume`; in `on_assigned`, does not begin with them."""
         paused = set(partitions) & self._owned
         self._paused |= paused
-        self._consumer.pause(*map(self._tp, paused))
+        self._consumer.pause(*map(self._tp, self._held(paused)))
 
     def resume(self, partitions: Iterable[int]) -> None:
         resumed = set(partitions) & self._owned
         self._paused -= resumed
-        self._consumer.resume(*map(self._tp, resumed))
+        self._consumer.resume(*map(self._tp, self._held(resumed)))
 
     def close(self) -> None:
         """Leaves the group (a static member does not) and closes the connections, within ten seconds. Commits
@@ -250,8 +254,7 @@ class RecordSource:
                 if lost and self.on_revoked:
                     self.on_revoked(lost)
                 continue
-            present = {tp.partition for tp in self._consumer.assignment()}  # a later event may have taken it away again
-            new = sorted((set(partitions) & present) - self._owned)
+            new = self._held(set(partitions) - self._owned)  # a later event may have taken one away again
             self._owned |= set(new)
             self._sought -= set(new)
             self._paused -= set(new)
@@ -260,18 +263,21 @@ class RecordSource:
             self._start(new)
 
     def _start(self, partitions: Sequence[int]) -> None:
-        for partition in partitions:
+        for partition in self._held(partitions):
             if partition not in self._sought:
                 offset = self.committed(partition)
                 if offset is None:
                     raise DeploymentError(
                         f'topic "{self.topic}", partition {partition}: the group "{self.group_id}" has committed no'
-                        " offset and no start was"
-                        " given; seek() in on_assigned, to beginning_offsets() or end_offsets()"
+                        " offset and no start was given; seek() in on_assigned, to beginning_offsets() or end_offsets()"
                     )
                 self._consumer.seek(self._tp(partition), offset)
             if partition not in self._paused:
                 self._consumer.resume(self._tp(partition))
+
+    def _held(self, partitions: Iterable[int]) -> list[int]:
+        """Those the client still has, ascending: a rebalance may go on in the background between two polls."""
+        return sorted(set(partitions) & {tp.partition for tp in self._consumer.assignment()})
 
     def _still_ours(self, partition: int) -> bool:
         return partition in self._owned and not self._rebalances.revokes(partition)
@@ -292,8 +298,7 @@ class RecordSource:
         ]
         return DeploymentError(
             f'topic "{self.topic}", {"; ".join(parts)}. Retention or a new topic of the same name took the records'
-            " away: lengthen"
-            " topics.readings_retention, or start the group anew from the beginning (what is missing stays missing)"
+            " away: lengthen topics.readings_retention, or start the group anew from the beginning (what is missing stays missing)"
         )
 
     def _offsets(
