@@ -156,8 +156,8 @@ class Worker:
             for partition, position in positions.items()
             if partition in self._tasks and position > self._tasks[partition].emit_from
         }
-        if due:
-            self.source.commit(due)
+        # While the group rearranges, nothing is committed: the next round tries again for what is still ours.
+        if due and self.source.commit(due):
             for partition, position in due.items():
                 self._tasks[partition].emit_from = position
 
