@@ -38,6 +38,9 @@ LABEL_CLIP = 12.0
 HUBER_DELTA = 1.0
 PINBALL_WEIGHT = 1.0
 WEIGHT_DECAY = 3e-3
+LEAST_UPDATES = 32
+"""Of the weights in an epoch: a short history goes through fewer lanes, so that it teaches as often."""
+LEAST_LANES = 8
 PIECE_CHUNKS = 8
 """A sequence is trained on in pieces of at most so many chunks; each begins with an empty state, somewhere new every
 epoch."""
@@ -118,7 +121,8 @@ def train(
 ) -> TrainedModel:
     """Train on all but the newest share `holdout` of the steps; the weights of the best epoch are kept.
 
-    window: steps that the feed-forward network sees, default one season. The same seed on the same machine gives the
+    window: steps that the feed-forward network sees, default one season. lanes: at most so many sequences side by side,
+    fewer where the history is short. The same seed on the same machine gives the
     same weights. Raises TrainingError where the history holds no label.
     """
     load_tensorflow(threads)
@@ -133,7 +137,8 @@ def train(
     cutoff_ms = sequences.split_ms(holdout)
     kept = sequences.until(cutoff_ms)
     examples = Examples(kept, spec, forecaster)
-    options = Options(chunk_steps, lanes, epochs, patience, learning_rate, warmup_steps)
+    enough_lanes = max(LEAST_LANES, len(kept) // (chunk_steps * LEAST_UPDATES))
+    options = Options(chunk_steps, min(lanes, enough_lanes), epochs, patience, learning_rate, warmup_steps)
     stopping_from_ms = kept.split_ms(STOPPING_SHARE)
     random = np.random.default_rng(seed)
     run = _Run(forecaster.net, examples, options, stopping_from_ms, cutoff_ms, random, progress, started)
@@ -205,20 +210,19 @@ class Pieces:
     """Steps before it warm the state up; they weigh nothing."""
 
 
-def cut_pieces(start: Int64, end: Int64, size: int, offset: Int64, lead_in: int, overlap: bool = False) -> Pieces:
+def cut_pieces(start: Int64, end: Int64, size: int, offset: Int64, lead_in: int) -> Pieces:
     """Cut runs [start, end) into pieces of `size` steps, the first of them `offset` (0 .. size - 1) steps short.
 
-    With `overlap` a piece begins `lead_in` steps early, so that every step of a run counts once.
+    The first `lead_in` steps of a piece do not count. No piece is empty.
     """
-    count = np.maximum(-(-(end - start + offset) // size), 0)
+    count = -(-(end - start + offset) // size)
     run = np.repeat(np.arange(len(start)), count)
     ordinal = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
     low = start[run] - offset[run] + ordinal * size
     first = np.maximum(low, start[run])
     last = np.minimum(low + size, end[run])
-    if overlap:
-        return Pieces(np.maximum(first - lead_in, start[run]), last, first)
-    return Pieces(first, last, first + lead_in)
+    some = last > first
+    return Pieces(first[some], last[some], first[some] + lead_in)
 
 
 def lane_chunks(
