@@ -11,7 +11,7 @@ from models.features import SeriesMemory
 from models.forecaster import Prediction, SeriesSpec
 from models.sequences import Futures, Sequences
 from models.training import Examples, TrainingError, cut_pieces, figures, lane_chunks, train
-from tests.helpers.series import SINGLE, STEP_MS, Bench, noisy, seasonal_sequences
+from tests.helpers.series import SINGLE, SPEC, STEP_MS, Bench, noisy, seasonal_sequences
 
 pytestmark = pytest.mark.keras
 TINY = {"cell": "simple_rnn", "units": 4, "chunk_steps": 24, "lanes": 8, "warmup_steps": 6}
@@ -85,6 +85,22 @@ def test_the_feed_forward_network_is_trained_and_stored_by_the_same_functions(se
     artifact.save(tmp_path, model)
     loaded = artifact.load(tmp_path, SINGLE)
     assert (loaded.name, loaded.window) == ("FeedForward", 8)
+
+
+def test_several_targets_a_constant_sensor_and_a_dead_one_train_to_finite_weights():
+    values = noisy(SPEC, 6, 120, missing=0.2)
+    values[1], values[2], values[3, :, 0] = 4.0, np.nan, np.nan
+    data = Sequences(
+        np.repeat(np.arange(6, dtype=np.int32), 120),
+        np.tile((np.arange(120) + 1) * STEP_MS, 6),
+        values.reshape(-1, 3),
+        np.zeros(720, bool),
+    )
+    model = train(data, SPEC, epochs=2, layers=2, **{**TINY, "cell": "lstm"})
+    assert all(np.isfinite(weight).all() for weight in model.net.model.get_weights())
+    ours, naive = figures(model, data, [LastValue(SPEC)])
+    assert np.isfinite([ours.pinball, ours.mse, naive.pinball]).all()
+    assert ours.labels > 0
 
 
 def test_values_after_the_end_of_training_change_no_weight(sequences):
