@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -62,7 +62,7 @@ class DemoPlan:
     interval_ms: int = 15 * 60_000
     seed: int = 0
     units: int = 32
-    epochs: int = 12
+    epochs: int = 8
     broken_share: float = 0.0005
     late_share: float = 0.001
     keep: bool = False
@@ -200,7 +200,7 @@ class Demo:
         broker = LocalBroker(folder, port=0)
         with self.narrator.stage("broker"):
             if not self.plan.keep:
-                self._stack.callback(shutil.rmtree, folder, ignore_errors=True)
+                self._stack.callback(_remove, folder)
                 self._stack.callback(broker.stop)
             status = broker.start()
         self.narrator.tell(f"Apache Kafka {status.version} at {status.address}, pid {status.pid}")
@@ -434,6 +434,13 @@ class Demo:
             middle = served.quantiles[row][:, len(spec.quantiles) // 2]
             fan = Fan(cutoff, ahead, middle, served.quantiles[row], spec.quantiles)
             yield Panel(self._fleet.names[sensor], f"{TARGET} ({UNITS[TARGET]})", ends, truth, fan)
+
+
+def _remove(folder: Path) -> None:
+    """The broker's data, and the folder above if nothing else is in it."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):
+        folder.parent.rmdir()
 
 
 def answered(served: Served) -> Served:

@@ -83,5 +83,9 @@ class Narrator:
             self._live = Live(console=self.console, auto_refresh=False)
             self._live.start()
         self._live.update(
-            Group(screen(view, self.console, "millrace demo"), Text(f"  {headline}", style="bold")), refresh=True
+            Group(
+                screen(view, self.console, "millrace demo"),
+                Text(f"  {headline}", style="bold", no_wrap=True, overflow="ellipsis"),
+            ),
+            refresh=True,
         )

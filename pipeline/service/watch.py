@@ -340,7 +340,7 @@ def screen(view: StreamView, console: Console, title: str = "millrace watch") ->
     parts: list[Any] = [
         header,
         _legend(newest),
-        _chart(view, width - 1, chart_height, console.color_system is not None),
+        _chart(view, width - 1, chart_height, console.color_system in ("256", "truecolor")),
     ]
     parts += [_facts(view, newest), _table(view)]
     return Group(*parts)
@@ -374,19 +374,17 @@ def clock(time_ms: int) -> str:
 
 def _legend(newest: Forecast | None) -> Text:
     levels = list(newest.quantiles) if newest else []
-    span = f"{levels[0]} to {levels[-1]}" if levels else "forecast"
+    span = f"{levels[0]} … {levels[-1]}" if levels else "forecast"
     steps = f"{len(newest.mean)} steps" if newest else "some steps"
     return Text.assemble(
-        ("  ── ", _TRUTH),
-        ("measured   ", "default"),
-        ("── ", _NOW),
-        ("forecast, ", "default"),
-        ("    ", f"on {_NOW_GROUND}"),
-        (f" {span}   ", "default"),
-        ("── ", _THEN),
-        (f"what was forecast {steps} ago, ", "default"),
-        ("    ", f"on {_THEN_GROUND}"),
-        (f" {span}", "default"),
+        (" ── ", _TRUTH),
+        ("measured ", "default"),
+        (" ── ", _NOW),
+        (f"forecast, {span} ", f"on {_NOW_GROUND}"),
+        ("  ── ", _THEN),
+        (f"forecast {steps} ago, {span} ", f"on {_THEN_GROUND}"),
+        no_wrap=True,
+        overflow="ellipsis",
     )
 
 
@@ -432,13 +430,15 @@ def _facts(view: StreamView, newest: Forecast | None) -> Text:
         "  status ",
         (newest.status, _STATUS_COLOURS.get(newest.status, "default")),
         f" · model {newest.model} · state_steps {newest.state_steps:,}",
+        no_wrap=True,
+        overflow="ellipsis",
     )
     hit = _hits(view)
     if hit is not None:
-        text.append(f" · one step ahead {hit[0]} of {hit[1]} inside the band")
+        text.append(f" · {hit[0]} of {hit[1]} inside the band, one step ahead")
     text.append(
-        f"\n  source partition {newest.partition}, offset {newest.offset:,}: since then {max(behind, 0):,} readings"
-        f" and {max(lag_ms, 0) / 60_000:,.0f} minutes of event time",
+        f"\n  source partition {newest.partition}, offset {newest.offset:,}: since then {max(behind, 0):,} readings,"
+        f" {max(lag_ms, 0) / 60_000:,.0f} min of event time",
         style="bright_black",
     )
     return text
@@ -453,7 +453,7 @@ def _hits(view: StreamView) -> tuple[int, int] | None:
 
 
 def _table(view: StreamView) -> Table:
-    table = Table(box=None, padding=(0, 2), header_style="bright_black")
+    table = Table(box=None, padding=(0, 1), header_style="bright_black")
     for name, side in (
         ("sensor", "left"),
         ("last", "right"),
@@ -463,7 +463,7 @@ def _table(view: StreamView) -> Table:
         ("state_steps", "right"),
         ("issued at", "left"),
     ):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     for forecast in view.neighbours():
         low, high = forecast.outer
         table.add_row(
