@@ -162,8 +162,12 @@ class Worker:
                 self._tasks[partition].emit_from = position
 
     def _caught_up(self, ends: Mapping[int, int]) -> bool:
+        """Everything up to the ends is read, sent and committed."""
         positions = self.source.positions()
-        return bool(self._tasks) and all(positions.get(partition, -1) >= ends[partition] for partition in self._tasks)
+        return bool(self._tasks) and all(
+            min(positions.get(partition, -1), task.emit_from) >= ends[partition]
+            for partition, task in self._tasks.items()
+        )
 
     def _lag(self) -> int:
         positions = self.source.positions()
