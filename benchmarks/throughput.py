@@ -27,7 +27,7 @@ import numpy as np
 
 WINDOW_MS = 3_600_000
 PER_WINDOW = 10
-START_MS = 1_769_698_800_000
+START_MS = 1_451_606_400_000  # 2016: Kafka refuses timestamps more than an hour ahead of its clock
 WINDOWS = {1: 30_000, 10_000: 10, 200_000: 2}
 PARTITIONS = 4
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from kafka import TopicPartition
 from kafka.errors import (
     IllegalStateError,
+    InvalidTimestampError,
     InvalidTopicError,
     KafkaError,
     KafkaTimeoutError,
@@ -307,6 +308,12 @@ def _undelivered(partition: Any, count: int, size_bytes: int, error: Exception) 
         hint = "raise the topic's max.message.bytes"
     elif isinstance(error, UnknownTopicOrPartitionError):
         hint = 'create the topic with "millrace topics create"'
+    elif isinstance(error, InvalidTimestampError) or "invalid record" in str(error):
+        # The client passes the broker's words on without their error code.
+        hint = (
+            "most likely a timestamp further ahead of the broker's clock than the topic's"
+            " message.timestamp.after.max.ms allows (an hour, unless set)"
+        )
     return DeploymentError(
         f'{count} record(s), {size_bytes} bytes, for topic "{partition.topic}", partition {partition.partition}'
         f" were not delivered: {describe(error)}; {hint}"

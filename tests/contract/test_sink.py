@@ -177,3 +177,14 @@ def test_a_closed_sink_takes_no_more(broker, domain, settings):
 
 def test_the_batch_size_leaves_room_in_a_brokers_default_limit():
     assert sink_module.BATCH_BYTES + 61 < 1_048_576
+
+
+@pytest.mark.parametrize("encode", [True, False])
+def test_a_timestamp_ahead_of_the_brokers_clock_is_named_as_the_cause(broker, domain, settings, encode):
+    topic = make_topic(broker, f"{domain}.ahead")
+    tomorrow = np.array([(time.time() + 86_400) * 1000], np.int64)
+    with (
+        RecordSink(settings, encode=encode) as sink,
+        pytest.raises(DeploymentError, match=r"message\.timestamp\.after\.max\.ms"),
+    ):
+        sink.deliver([OutgoingRecords(topic, 0, [b"k"], [b"v"], timestamps_ms=tomorrow)])
