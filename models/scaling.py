@@ -8,6 +8,8 @@ forgetting) the first values count alike and old ones fade afterwards:
 
 from __future__ import annotations
 
+from math import inf, isnan, nan, sqrt
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,9 @@ scale nearly as it was, while a lasting change of unit is followed within some h
 RELATIVE_FLOOR = 1e-12
 """Of the mean's magnitude: where float64 itself has no more digits. A series of 1e9 + small keeps its small part."""
 ABSOLUTE_FLOOR = 1e-30
+FEW_SERIES = 16
+"""Below, plain floats go through a block of steps faster than NumPy can be called for each step; same operations, same
+bits."""
 
 
 class RunningScale:
@@ -45,6 +50,13 @@ class RunningScale:
         """values: (B, T, C), finite where observed (B, T, C) -> mean and scale (B, T, C); scale > 0."""
         count, mean, variance = rows[self._count], rows[self._mean], rows[self._variance]
         means, variances = np.empty_like(values), np.empty_like(values)
+        if _few(values):
+            for b, c in np.ndindex(mean.shape):
+                series = np.where(observed[b, :, c], values[b, :, c], nan).tolist()
+                state = int(count[b, c]), float(mean[b, c]), float(variance[b, c])
+                path, (count[b, c], mean[b, c], variance[b, c]) = _scale_path(series, *state, self.forgetting)
+                means[b, :, c], variances[b, :, c] = np.array(path).T
+            return means, np.maximum(np.sqrt(variances), _floor(means))
         for step in range(values.shape[1]):
             seen = observed[:, step]
             count += seen
@@ -79,6 +91,12 @@ class RunningVariance:
         yet."""
         count, variance = rows[self._count], rows[self._variance]
         deviation, known = np.empty_like(error), np.empty(error.shape, np.bool_)
+        if _few(error):
+            for b, k in np.ndindex(variance.shape):
+                state = int(count[b, k]), float(variance[b, k])
+                path, (count[b, k], variance[b, k]) = _variance_path(error[b, :, k].tolist(), *state, self.forgetting)
+                deviation[b, :, k], known[b, :, k] = np.array(path).T
+            return np.sqrt(deviation), known
         for step in range(error.shape[1]):
             seen = ~np.isnan(error[:, step])
             square = np.where(seen, error[:, step], 0.0) ** 2
@@ -92,3 +110,44 @@ class RunningVariance:
 
 def _floor(mean: Float64) -> Float64:
     return np.maximum(RELATIVE_FLOOR * np.abs(mean), ABSOLUTE_FLOOR)
+
+
+def _few(values: Float64) -> bool:
+    """(B, T, C): more than one step of a handful of series, as when one machine's history is caught up with."""
+    batch, steps, channels = values.shape
+    return bool(steps > 1 and batch * channels <= FEW_SERIES)
+
+
+def _scale_path(
+    series: list[float], count: int, mean: float, variance: float, forgetting: float
+) -> tuple[list[tuple[float, float]], tuple[int, float, float]]:
+    """One series of `RunningScale`, NaN = missing: (mean, variance) after each step, and the state in the end."""
+    path = []
+    for value in series:
+        if not isnan(value):
+            count += 1
+            gain = max(1.0 / count, forgetting)
+            error = value - mean
+            floor = max(RELATIVE_FLOOR * abs(mean), ABSOLUTE_FLOOR)
+            limit = WINSOR * sqrt(variance) if variance > floor * floor else inf
+            error = min(max(error, -limit), limit)
+            mean += gain * error
+            variance += gain * (error * error)
+            variance *= 1.0 - gain
+        path.append((mean, variance))
+    return path, (count, mean, variance)
+
+
+def _variance_path(
+    errors: list[float], count: int, variance: float, forgetting: float
+) -> tuple[list[tuple[float, bool]], tuple[int, float]]:
+    """One series of `RunningVariance`, NaN = none: (variance, whether any was seen) after each step, and the state."""
+    path = []
+    for error in errors:
+        if not isnan(error):
+            count += 1
+            gain = max(1.0 / count, forgetting)
+            limit = WINSOR**2 * variance if variance > 0 else inf
+            variance += gain * (min(error * error, limit) - variance)
+        path.append((variance, count > 0))
+    return path, (count, variance)

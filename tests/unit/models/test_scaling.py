@@ -1,6 +1,10 @@
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
 
+from models import scaling
 from models.scaling import FORGETTING, RunningScale, RunningVariance
 from models.sequences import empty_rows
 
@@ -84,3 +88,31 @@ def test_the_variance_of_errors_is_their_mean_square():
     deviation, known = variance.advance(rows, errors[None, :, None])
     assert deviation[0, -1, 0] == pytest.approx(np.sqrt(np.nanmean(errors**2)))
     assert known[0, :, 0].tolist() == [False] + [True] * 299
+
+
+series = arrays.arrays(
+    np.float64,
+    st.tuples(st.integers(1, 3), st.integers(2, 30), st.integers(1, 2)),
+    elements=st.one_of(st.just(np.nan), st.sampled_from([0.0, 1.0, 1e9, -1e30]), st.floats(-1e3, 1e3)),
+)
+
+
+@pytest.mark.parametrize("kind", [RunningScale, RunningVariance])
+def test_a_few_series_in_plain_floats_are_bit_equal_to_many_in_columns(kind):
+    @settings(max_examples=200, deadline=None)
+    @given(series, st.sampled_from([FORGETTING, 0.2]))
+    def check(values, forgetting):
+        outcomes = []
+        for few in (0, 100):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(scaling, "FEW_SERIES", few)
+                state = RunningScale(values.shape[2], forgetting=forgetting)
+                if kind is RunningVariance:
+                    state = RunningVariance("v.", values.shape[2], forgetting=forgetting)
+                rows = empty_rows(state.columns(), len(values))
+                seen = (np.isfinite(values),) if kind is RunningScale else ()
+                outcomes.append([*state.advance(rows, values, *seen), *rows.values()])
+        for plain, columnar in zip(*outcomes, strict=True):
+            np.testing.assert_array_equal(plain, columnar)
+
+    check()
