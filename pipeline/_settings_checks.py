@@ -291,6 +291,13 @@ def _check_readings(settings: Settings, wrong: Wrong) -> None:
     readings = settings.readings
     if not readings.fields or not all(readings.fields):
         wrong("readings.fields", 'at least one field, none of them empty, such as ["temperature"]')
+    for name, fields in (
+        ("fields", readings.fields),
+        ("event_time", (readings.event_time,)),
+        ("sensor", (readings.sensor,)),
+    ):
+        if any(character in '"\\' or character < " " for field in fields for character in field):
+            wrong(f"readings.{name}", "field names without quotation marks, backslashes and control characters")
     if (twice := _twice(readings.fields)) is not None:
         wrong("readings.fields", f"each field once; {twice!r} is there twice")
     for target in readings.targets:

@@ -257,3 +257,10 @@ def test_what_is_no_duration_is_refused(text):
 def test_the_page_of_settings_is_up_to_date():
     page = (REPOSITORY / "docs" / "settings.md").read_text()
     assert page == reference(), "run: python -m pipeline._settings_reference > docs/settings.md"
+
+
+@pytest.mark.parametrize("key", ["fields", "event_time", "sensor"])
+def test_a_field_name_that_the_decoder_cannot_hold_is_refused(key: str) -> None:
+    value = """["a\\"b"]""" if key == "fields" else """"a\\"b\""""
+    with pytest.raises(SettingsError, match=rf"readings\.{key} .*quotation marks"):
+        parse(f"[readings]\n{key} = {value}\n")
