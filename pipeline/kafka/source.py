@@ -95,7 +95,6 @@ class RecordSource:
             self._consumer._fetcher.PartitionRecords = ColumnarPartitionRecords
         if client_is_known():
             _do_not_sleep_on_data(self._consumer._fetcher)
-            _never_seek_unasked(self._consumer)
         try:
             self._begin(group, partitions)
         except BaseException:
@@ -366,13 +365,6 @@ def _hold(consumer: Any, partitions: Iterable[Any]) -> None:
     for tp in partitions:
         consumer.pause(tp)
         consumer.seek(tp, 0)
-
-
-def _never_seek_unasked(consumer: Any) -> None:
-    """3.0.12 looks up the committed offset of a partition that has just come and seeks there when the answer arrives,
-    which, on a slow day, is after our own seek: state would be rebuilt from the middle of the log. Here every start is
-    given by the caller."""
-    consumer._refresh_committed_offsets = lambda timeout_ms=None: consumer._subscription.has_all_fetch_positions()
 
 
 def _do_not_sleep_on_data(fetcher: Any) -> None:

@@ -1,7 +1,6 @@
 """RecordSource against a real broker. The same promises hold on both paths: whole batches, and the client's own iterator."""
 
 import logging
-import threading
 import time
 
 import kafka
@@ -9,10 +8,8 @@ import numpy as np
 import pytest
 from kafka import KafkaProducer, TopicPartition
 from kafka.admin import KafkaAdminClient
-from kafka.coordinator.consumer import ConsumerCoordinator
 
 from pipeline.errors import DeploymentError
-from pipeline.kafka import source as source_module
 from pipeline.kafka.sink import RecordSink
 from pipeline.kafka.source import RecordSource
 from pipeline.settings import load
@@ -351,37 +348,3 @@ def test_another_version_of_the_client_is_served_by_its_own_iterator_and_the_log
     (columns,) = to_the_end(source)
     assert columns.values() == [b"v"]
     assert columns.offsets.dtype == np.int64
-
-
-def test_a_late_answer_about_committed_offsets_does_not_move_the_start(broker, domain, sources, monkeypatch):
-    """The client asks for committed offsets while a partition has no position yet, and seeks when the answer comes."""
-    topic = make_topic(broker, f"{domain}.late-answer")
-    produce_records(broker, topic, [(b"k", b"%d" % i) for i in range(10)])
-    with sources(topic) as first:
-        first.on_assigned = lambda partitions: first.seek(0, 0)
-        to_the_end(first)
-        assert first.commit({0: 6})
-
-    def answer_late(coordinator, timeout_ms=None):
-        tp = TopicPartition(topic, 0)
-        threading.Timer(1.0, lambda: coordinator._subscription.seek(tp, 6)).start()
-        return False  # as when the poll's time is up before the answer
-
-    def hold_late(consumer, partitions, hold=source_module._hold):
-        time.sleep(0.7)  # the polling thread meets the partition before it is held
-        hold(consumer, partitions)
-
-    monkeypatch.setattr(ConsumerCoordinator, "refresh_committed_offsets_if_needed", answer_late)
-    monkeypatch.setattr(source_module, "_hold", hold_late)
-    with sources(topic) as second:
-        started = []
-
-        def from_the_beginning(partitions):
-            second.seek(0, 0)
-            started.append(time.monotonic())
-            time.sleep(1.5)  # the late answer arrives meanwhile
-
-        second.on_assigned = from_the_beginning
-        polled = to_the_end(second)
-    assert started
-    assert [offset for columns in polled for offset in columns.offsets.tolist()] == list(range(10))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,23 @@ def test_a_restarted_worker_rebuilds_its_state_and_repeats_nothing(
     produce_records(broker, undisturbed.topics.readings_topic, stream)
     run_to_the_end(undisturbed)
     assert forecasts(broker, settings) == forecasts(broker, undisturbed)
+
+
+def test_the_end_is_reached_only_when_it_is_committed(broker: RunningBroker, domain: str, tmp_path: Path) -> None:
+    settings = make_settings(broker, domain, tmp_path)
+    stream = fleet(sensors=6, hours=10)
+    produce_records(broker, settings.topics.readings_topic, stream)
+    with RecordSource(settings, settings.topics.readings_topic) as source, RecordSink(settings) as sink:
+        commit, refused = source.commit, [False] * 3
+
+        def commit_at_last(offsets: Mapping[int, int]) -> bool:
+            # As the source does while the group rearranges itself.
+            return refused.pop() if refused else commit(offsets)
+
+        source.commit = commit_at_last  # type: ignore[method-assign]
+        Worker(settings, source, sink).run(threading.Event(), exit_at_end=True)
+        assert refused == []
+        assert sum(source.committed(partition) or 0 for partition in source.partitions) == len(stream)
 
 
 def test_forecasts_stand_in_the_partition_their_readings_came_from(
