@@ -51,6 +51,9 @@ _SECONDS_BELOW: Final = 1e11
 _MILLISECONDS_BELOW: Final = 1e14
 """Anything above would be later than the year 5138: microseconds or nanoseconds by mistake."""
 
+_UNDECODABLE: Final = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError)
+"""All that the decoder raises; the last is for text that is not UTF-8."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReadingFormat:
@@ -134,7 +137,10 @@ class ReadingDecoder:
     def _check_depth(self, records: RecordColumns, values: list[bytes | None], keep: Any, reject: Any) -> None:
         # The decoder's own limit depends on how deep Python's stack is; this one depends on the bytes alone.
         body = records.body if isinstance(records.body, bytes) else bytes(records.body)
-        if body.count(b"[") + body.count(b"{") <= len(records) + MAX_DEPTH:
+        candidates = keep & (records.value_len > 0)
+        first = np.frombuffer(body, np.uint8)[records.value_at[candidates]]
+        # Every object opens at least one bracket, and one that is too deep more than MAX_DEPTH.
+        if body.count(b"[") + body.count(b"{") < np.count_nonzero(first == ord("{")) + MAX_DEPTH:
             return
         for row in np.flatnonzero(keep):
             value = values[row] or b""
@@ -146,18 +152,20 @@ class ReadingDecoder:
         chosen = values if len(rows) == len(values) else [values[row] for row in rows.tolist()]
         try:
             return rows, [decode(value) for value in chosen]
-        except (msgspec.MsgspecError, RecursionError):
+        except _UNDECODABLE:
             pass  # somewhere in the batch: find it one by one
         structs, good = [], []
         for row, value in zip(rows.tolist(), chosen):
             try:
                 structs.append(decode(value))
                 good.append(row)
-            except (msgspec.MsgspecError, RecursionError) as error:
+            except _UNDECODABLE as error:
                 reject([row], self._reason(error), str(error))
         return np.array(good, np.int64), structs
 
     def _reason(self, error: Exception) -> str:
+        if isinstance(error, UnicodeDecodeError):
+            return "bad-sensor"  # the only text that is built; what is skipped is not looked into
         if not isinstance(error, msgspec.ValidationError):
             return "not-json"
         message = str(error)
@@ -315,7 +323,8 @@ def _epoch_ms(times: list[Any]) -> Float64:
     except (TypeError, OverflowError):
         raw = np.array([_one_epoch(time) for time in times], np.float64)
         is_text = np.array([isinstance(time, datetime.datetime) for time in times], np.bool_)
-    return np.where((raw < _SECONDS_BELOW) & ~is_text, np.rint(raw * 1000), np.floor(raw))
+    seconds = (np.abs(raw) < _SECONDS_BELOW) & ~is_text
+    return np.where(seconds, np.rint(np.where(seconds, raw, 0.0) * 1000), np.floor(raw))
 
 
 def _one_epoch(time: Any) -> float:
