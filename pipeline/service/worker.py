@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from models.forecaster import Forecaster
+from pipeline.errors import DeploymentError
 from pipeline.kafka.sink import RecordSink
 from pipeline.kafka.source import RecordSource
 from pipeline.service.assembly import task_settings
@@ -95,9 +96,9 @@ class Worker:
         self._commit()
 
     def _arrived(self, partitions: Sequence[int]) -> None:
-        beginnings = self.source.beginning_offsets(partitions)
+        beginnings, ends = self.source.beginning_offsets(partitions), self.source.end_offsets(partitions)
         for partition in partitions:
-            self._start(partition, beginnings[partition])
+            self._start(partition, beginnings[partition], ends[partition])
 
     def _lost(self, partitions: Sequence[int]) -> None:
         for partition in partitions:
@@ -105,9 +106,17 @@ class Worker:
             self._tasks.pop(partition, None)
             self._next_offset.pop(partition, None)
 
-    def _start(self, partition: int, beginning: int) -> None:
+    def _start(self, partition: int, beginning: int, end: int) -> None:
         committed = self.source.committed(partition)
-        emit_from = beginning if committed is None else max(committed, beginning)
+        emit_from = beginning if committed is None else committed
+        if not beginning <= emit_from <= end:
+            # Going on would leave readings unanswered: those that are gone, or those that come before the offset again.
+            raise DeploymentError(
+                f'topic "{self.source.topic}", partition {partition}: the group "{self.source.group_id}" has committed '
+                f"offset {committed}, the log holds [{beginning}, {end}). Retention or a new topic of the same name took "
+                "the records away: set kafka.group_id to a new name to answer all that is left from the beginning, "
+                "and lengthen topics.readings_retention"
+            )
         if committed is not None and beginning > 0:
             log.warning(
                 "partition %d: the log starts at offset %d, older readings are gone; "

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from kafka import KafkaAdminClient, TopicPartition
 
+from pipeline.errors import DeploymentError
 from pipeline.kafka import topics
 from pipeline.kafka.sink import RecordSink, partition_for
 from pipeline.kafka.source import RecordSource
@@ -153,6 +156,26 @@ def test_the_end_is_reached_only_when_it_is_committed(broker: RunningBroker, dom
         Worker(settings, source, sink).run(threading.Event(), exit_at_end=True)
         assert refused == []
         assert sum(source.committed(partition) or 0 for partition in source.partitions) == len(stream)
+
+
+@pytest.mark.parametrize("committed", [5, 41], ids=["deleted by retention", "beyond the end"])
+def test_a_committed_offset_outside_the_log_stops_the_worker_instead_of_losing_forecasts(
+    broker: RunningBroker, domain: str, tmp_path: Path, committed: int
+) -> None:
+    settings = make_settings(broker, domain, tmp_path, **{"topics.partitions": 1})
+    topic = settings.topics.readings_topic
+    produce_records(broker, topic, fleet(sensors=2, hours=10))
+    with RecordSource(settings, topic) as source:
+        source.on_assigned = lambda partitions: [source.seek(partition, 0) for partition in partitions]
+        while not source.assignment or not source.commit({0: committed}):
+            source.poll(100)
+    with KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers) as admin:
+        admin.delete_records({TopicPartition(topic, 0): 10})
+
+    with pytest.raises(
+        DeploymentError, match=rf"committed offset {committed}, the log holds \[10, 40\).*kafka.group_id"
+    ):
+        run_to_the_end(settings)
 
 
 def test_forecasts_stand_in_the_partition_their_readings_came_from(
