@@ -121,8 +121,9 @@ class RecordSource:
         self._settle()
         with telling_deployment_errors(f'reading topic "{self.topic}"'):
             fetched = self._poll_client(timeout_ms)
-        self._settle()
-        return [columns for partition in sorted(fetched) for columns in self._columns(partition, fetched[partition])]
+        # What was fetched of a partition that then went away is not ours, even if it has come back: it begins anew.
+        kept = sorted(set(fetched) - self._settle())
+        return [columns for partition in kept for columns in self._columns(partition, fetched[partition])]
 
     def positions(self) -> dict[int, int]:
         """The next offset that `poll` will give, of each assigned partition. Control records and gaps are passed
@@ -243,13 +244,15 @@ class RecordSource:
         records = ((r.offset, r.timestamp, r.key, r.value, r.headers or ()) for r in found)
         return [RecordColumns.build(self.topic, partition, records)]
 
-    def _settle(self) -> None:
+    def _settle(self) -> set[int]:
         """Tells the caller what the rebalances since the last call did, and lets new partitions run once they have a
-        start."""
+        start. Returns the partitions that were taken away."""
+        taken: set[int] = set()
         for kind, partitions in self._rebalances.take():
             if kind == "revoked":
                 lost = sorted(self._owned & set(partitions))
                 self._owned -= set(lost)
+                taken |= set(lost)
                 if lost and self.on_revoked:
                     self.on_revoked(lost)
                 continue
@@ -260,6 +263,7 @@ class RecordSource:
             if new and self.on_assigned:
                 self.on_assigned(new)
             self._start(new)
+        return taken
 
     def _start(self, partitions: Sequence[int]) -> None:
         for partition in self._held(partitions):

@@ -293,6 +293,34 @@ def test_two_members_share_the_partitions_and_who_has_lost_one_cannot_commit_it(
 
 
 @both_paths
+@pytest.mark.parametrize("comes_back", [False, True], ids=["gone", "back again"])
+def test_what_was_fetched_of_a_partition_that_then_went_away_is_handed_to_nobody(
+    broker, domain, sources, hook, comes_back
+):
+    topic = make_topic(broker, f"{domain}.taken", 2)
+    produce_records(broker, topic, [{"value": b"%d" % n, "partition": n % 2} for n in range(10)])
+    source = whole(sources, topic, hook)
+    lost = []
+    source.on_revoked = lost.extend
+    poll = source._consumer.poll
+
+    def poll_during_a_rebalance(timeout_ms):
+        fetched = poll(timeout_ms)
+        if not lost and TopicPartition(topic, 0) in fetched:  # as the client's network thread does at any time
+            source._rebalances.revoked([0])
+            if comes_back:
+                source._rebalances.assigned([0])
+        return fetched
+
+    source._consumer.poll = poll_during_a_rebalance
+    until_lost = until(source, lambda: lost)
+    assert all(columns.partition == 1 for columns in until_lost)
+    if comes_back:
+        read = rows(until_lost + to_the_end(source))
+        assert [row[:2] for row in read] == [(partition, offset) for partition in range(2) for offset in range(5)]
+
+
+@both_paths
 def test_a_paused_partition_gives_nothing_until_it_is_resumed(broker, domain, sources, hook):
     topic = make_topic(broker, f"{domain}.paused", 2)
     produce_records(broker, topic, [{"value": b"%d" % n, "partition": n % 2} for n in range(10)])
