@@ -2,7 +2,7 @@
 
 Who answers, and what the status says of it:
 
-    baseline   there is no model: the baseline answers
+    baseline   there is no model, or what it says is not finite: the baseline answers
     warming    the sensor's state is younger than the model's warm-up, or was reset: the baseline answers
     stale      the model answers, but the window it consumed last held no reading
     ok         the model answers
@@ -84,8 +84,10 @@ class Forecasting:
         if self.model is not None:
             answered = self.model.advance(rows, step_block, context)
             ready = context.steps >= self.model.warmup_steps
-            prediction = _choose(ready, answered, prediction)
-            status = np.where(ready, np.where(steps.count[block.index] > 0, OK, STALE), WARMING).astype(np.uint8)
+            usable = _usable(answered, prediction)
+            prediction = _choose(ready & usable, answered, prediction)
+            of_model = np.where(steps.count[block.index] > 0, OK, STALE)
+            status = np.where(ready, np.where(usable, of_model, BASELINE), WARMING).astype(np.uint8)
         table.scatter(block.sensors, rows)
         at = block.index[live]
         answers.mean[at] = prediction.mean[live]
@@ -95,14 +97,20 @@ class Forecasting:
         answers.known[at] = ~np.isnan(prediction.mean[live][:, 0]).all(axis=-1)
 
 
-def _choose(ready: Bool, model: Prediction, baseline: Prediction) -> Prediction:
-    """The model's answer where it is ready and finite, else the baseline's."""
-    if ready.all() and bool(np.isfinite(model.mean).all() and np.isfinite(model.quantiles).all()):
+def _usable(model: Prediction, baseline: Prediction) -> Bool:
+    """(B, T) True where the model's answer is finite. A target never observed is NaN in both, and no fault."""
+    if bool(np.isfinite(model.mean).all() and np.isfinite(model.quantiles).all()):
+        return np.ones(model.mean.shape[:2], np.bool_)
+    unknown = np.isnan(baseline.mean).all(axis=2)
+    finite = np.isfinite(model.mean).all(axis=2) & np.isfinite(model.quantiles).all(axis=(2, 4))
+    return np.asarray(np.logical_or(unknown, finite).all(axis=2))
+
+
+def _choose(chosen: Bool, model: Prediction, baseline: Prediction) -> Prediction:
+    """The model's answer where it is chosen (B, T), else the baseline's."""
+    if chosen.all():
         return model
-    # A target never observed is NaN in both.
-    usable = np.isfinite(model.mean).all(axis=2) & np.isfinite(model.quantiles).all(axis=(2, 4))
-    usable &= ready[:, :, None]
     return Prediction(
-        np.where(usable[:, :, None], model.mean, baseline.mean),
-        np.where(usable[:, :, None, :, None], model.quantiles, baseline.quantiles),
+        np.where(chosen[:, :, None, None], model.mean, baseline.mean),
+        np.where(chosen[:, :, None, None, None], model.quantiles, baseline.quantiles),
     )

@@ -291,7 +291,8 @@ def _add(cells: _Accumulators, group: Int64, values: NDArray[np.float64], event_
         np.add.at(cells["seen"][:, f], into, np.int32(1))
         for name, add in (("sum", np.add), ("min", np.minimum), ("max", np.maximum)):
             if name in cells:
-                add.at(cells[name][:, f], into, value)
+                with np.errstate(over="ignore", invalid="ignore"):  # a sum beyond float64 counts as missing later on
+                    add.at(cells[name][:, f], into, value)
         if "last" in cells:
             # Last by event time; among equal times, the later in the log.
             time = event_time_ms if everything else event_time_ms[present]
@@ -307,6 +308,10 @@ def _group(slot: Slots, window: Int64, table_size: int) -> tuple[Slots, Int64, I
     lowest = int(window.min())
     span = int(window.max()) - lowest + 1
     key = slot.astype(np.int64) * span + (window - lowest)
+    if table_size * span > np.iinfo(np.int64).max:
+        # Windows of 1 ms, 100,000 sensors and centuries in between: no number is large enough for a pair.
+        pairs, group = np.unique(np.stack([slot.astype(np.int64), window]), axis=1, return_inverse=True)
+        return pairs[0].astype(np.int32), pairs[1], group.reshape(-1)
     if table_size * span <= 16 * len(slot) + 1024:
         # A table of flags beats a sort while it is not much longer than the batch.
         flags = np.zeros(table_size * span, np.bool_)

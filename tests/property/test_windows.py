@@ -129,3 +129,27 @@ def _part(readings: Readings, rows: slice) -> Readings:
         readings.values[rows],
         readings.record[rows],
     )
+
+
+def test_a_hundred_thousand_sensors_and_a_jump_of_centuries_in_windows_of_one_millisecond() -> None:
+    rule = WindowRule(1, 1, 0, ("a", "b"), max_gap_steps=0)
+    sensors = 100_000
+    readings = Readings(
+        [b"s%d" % sensor for sensor in range(sensors)] + [b"s99999", b"s99998"],
+        np.arange(sensors + 2),
+        np.r_[np.zeros(sensors, np.int64), 99_999_999_999_998, 99_999_999_999_999],
+        np.ones((sensors + 2, 2)),
+        np.arange(sensors + 2),
+    )
+    whole, late = run(rule, readings, [])
+    assert late == []
+    assert [row[:2] for row in whole] == [(sensor, 0) for sensor in range(sensors)] + [(99_999, 99_999_999_999_998)]
+    assert whole == run(rule, readings, [sensors, sensors + 1])[0]
+
+
+def test_a_sum_beyond_what_a_float_holds_disturbs_no_other_window() -> None:
+    rule = WindowRule(10, 10, 0, ("a", "b"), ("sum",), max_gap_steps=0)
+    values = np.array([[1e308, 1.0], [1e308, 1.0], [-1e308, 1.0], [5.0, 1.0], [0.0, 1.0]])
+    readings = Readings([b"s"] * 5, np.arange(5), np.array([0, 1, 2, 10, 20]), values, np.arange(5))
+    steps, _ = run(rule, readings, [])
+    assert [row[2] for row in steps] == [("inf", "3.0"), ("5.0", "1.0")]
