@@ -302,7 +302,9 @@ class _Run:
             self._report(epoch, min(1.0, passed / chunks), float(np.mean(losses)), None)
         if not labels:
             raise TrainingError(
-                f"no label in {len(self.examples.sequences)} steps: expected runs longer than the warm-up and a lead"
+                f"no label in {len(self.examples.sequences)} steps: expected runs longer than the warm-up "
+                f"({options.warmup_steps} steps) and a lead, with values in {', '.join(futures.spec.target_names)}; "
+                "give more history, or check that the readings have these fields"
             )
         return float(np.mean(losses))
 

@@ -84,6 +84,12 @@ class LazyGroup(click.Group):
         except MillraceError as error:
             _end(f"Error: {error}", FAILED)
         except Exception as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                # The system refuses a path that the user named: no bug, and nothing that a traceback would explain.
+                _end(
+                    f"Error: cannot use {str(error.filename)!r}: {error.strerror}; check the path and its rights",
+                    FAILED,
+                )
             _end(f"Error: {type(error).__name__}: {error} (a bug in Millrace: -v shows where)", FAILED)
         sys.exit(status if isinstance(status, int) else DONE)
 

@@ -103,6 +103,11 @@ def replay(
     topic = topic or context.settings.topics.readings_topic
     batches = read_file(file, layout_of(layout_words), from_ms, to_ms)
     first = next(batches, None)  # a layout that does not fit is told before a broker is asked
+    if first is not None and not set(first.field_names) & set(readings.fields):
+        context.note(
+            f"warning: the readings have the fields {', '.join(first.field_names)}, readings.fields names others "
+            f"({', '.join(readings.fields)}): the service will find no value in them (a wide file's field: --field)"
+        )
     report, started, stop = ReplayReport(), time.monotonic(), threading.Event()
     with _stopped_by_interrupt(stop), RecordSink(context.settings) as sink, _bar(context, file) as on_progress:
         encoder = ReadingEncoder(topic, Partitioner(sink.partitions(topic)), readings.event_time, readings.sensor)

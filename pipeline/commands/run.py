@@ -43,6 +43,9 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
             f"{counts.readings:,} readings, {counts.forecasts:,} forecasts, {refused:,} dead letters, "
             f"{report.sensors:,} sensors, {report.rebuilt:,} records read again, {rate:,.0f} records/s, lag {lag:,}"
         )
+        if counts.steps and not counts.forecasts:
+            targets = settings.readings.targets or settings.readings.fields
+            context.note(f"no forecast: no reading had a value in {', '.join(targets)}; check readings.fields")
 
     stop = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stop.set())

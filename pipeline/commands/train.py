@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ def train(
             "the columns of a file were named, but no file: add --data FILE, or leave them out to read the topic"
         )
     folder = out or Path(context.settings.model.path)
+    _require_writable(folder)
     with context.progress() as progress:
         history = _history(context, progress, from_ms, to_ms, files, layout)
         sequences = history.sequences(from_ms, to_ms, context.settings.training.history_ms)
@@ -67,6 +69,16 @@ def train(
 
         trained = fit(context.settings, task_settings(context.settings).spec, sequences, folder, show)
     _report(context, trained, folder)
+
+
+def _require_writable(folder: Path) -> None:
+    """Told before the training, not after it. Makes nothing: a folder without a model in it is an error to `millrace run`."""
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        found = "not writable" if nearest.is_dir() else "no folder"
+        raise DeploymentError(
+            f"the model cannot go to {folder}: {nearest} is {found}; name another with --out or [model] path"
+        )
 
 
 def _history(

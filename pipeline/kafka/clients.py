@@ -135,9 +135,9 @@ def telling_deployment_errors(doing: str) -> Iterator[None]:
 
 
 def describe(error: BaseException) -> str:
-    """The error's class and text; the client leaves the text out where the class says it all."""
-    text = str(error).strip()
+    """The error's class and text; some of the client's texts begin with the class, or are nothing else."""
     name = type(error).__name__
+    text = str(error).strip().removeprefix(f"{name}: ")
     return f"{name}: {text}" if text and text != name else name
 
 

@@ -76,7 +76,7 @@ def required(settings: Settings) -> tuple[TopicSpec, ...]:
     )
 
 
-def create(settings: Settings, *, alter: bool = False) -> list[dict[str, str]]:
+def create(settings: Settings, *, alter: bool = False) -> list[dict[str, str | int]]:
     """Makes the topics that are missing. One row a topic: topic, partitions, done.
 
     A topic that exists is left as it is, unless `alter`: then its configs (not its partitions) become what is needed.
@@ -110,14 +110,14 @@ class _Found:
     configs: Mapping[str, str]
 
 
-def _create_one(admin: KafkaAdminClient, spec: TopicSpec, found: _Found | None, *, alter: bool) -> dict[str, str]:
+def _create_one(admin: KafkaAdminClient, spec: TopicSpec, found: _Found | None, *, alter: bool) -> dict[str, str | int]:
     done = "exists"
     if found is None:
         done = "created" if _make(admin, spec) else "exists"
     elif alter and (changes := {key: value for key, value in spec.configs.items() if found.configs.get(key) != value}):
         _alter(admin, spec.name, changes)
         done = "altered: " + ", ".join(f"{key}={value}" for key, value in changes.items())
-    return {"topic": spec.name, "partitions": str(found.partitions if found else spec.partitions), "done": done}
+    return {"topic": spec.name, "partitions": found.partitions if found else spec.partitions, "done": done}
 
 
 def _make(admin: KafkaAdminClient, spec: TopicSpec) -> bool:

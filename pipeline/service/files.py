@@ -197,8 +197,8 @@ def _resolved(layout: FileLayout, columns: Sequence[FileColumn], path: Path) -> 
     chosen = layout.value_columns
     if not chosen and layout.is_wide:
         raise LayoutError(
-            "neither value columns (--value-columns, wide file) nor an id column (--id-column, long file) were named; "
-            + _list_columns(path, columns)
+            "what the columns mean was not said: expected --value-columns (wide file: each is a sensor), --id-column "
+            "(long file) or --sensor (the whole file is one sensor); " + _list_columns(path, columns)
         )
     others = (layout.time_column, layout.id_column)
     if not chosen or chosen == ALL_COLUMNS:

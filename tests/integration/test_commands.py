@@ -129,3 +129,26 @@ def wait_for(condition: object, what: str, seconds: float = 60) -> None:
     while not condition():  # type: ignore[operator]
         assert time.monotonic() < deadline, f"{what} did not come within {seconds} s"
         time.sleep(0.1)
+
+
+def test_readings_without_any_of_the_fields_are_told_by_run_and_train(folder: Path) -> None:
+    millrace(folder, "topics", "create")
+    columns = ("--time-column", "date", "--value-columns", "*", "--field", "temperature")
+    assert "readings.fields" in millrace(folder, "replay", "fleet.csv", *columns).stderr
+
+    ran = millrace(folder, "run", "--exit-at-end", "--format", "json")
+
+    assert json.loads(ran.stdout)[0]["forecasts"] == 0
+    assert "no reading had a value in value; check readings.fields" in ran.stderr
+    trained = millrace(folder, "train")
+    assert trained.returncode == 1
+    assert "with values in value" in trained.stderr
+
+
+def test_a_model_folder_that_cannot_be_written_is_told_before_the_training(folder: Path) -> None:
+    (folder / "taken").write_text("a file")
+    columns = ("--data", "fleet.csv", "--time-column", "date", "--value-columns", "*")
+    trained = millrace(folder, "train", *columns, "--out", "taken/model")
+    assert trained.returncode == 1
+    assert "is no folder; name another with --out" in trained.stderr
+    assert "epoch" not in trained.stderr

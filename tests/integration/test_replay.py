@@ -105,3 +105,11 @@ def test_a_file_whose_columns_were_not_named_is_described(settings, tmp_path):
     assert status == 2
     assert "--time-column" in stderr
     assert "pump-1 (numbers, such as 0.5)" in stderr
+
+
+def test_fields_that_the_settings_do_not_name_are_sent_with_a_warning(settings, tmp_path):
+    columns = ("--time-column", "when", "--value-columns", "pump-1")
+    status, _, stderr = run(settings, str(wide_file(tmp_path)), *columns, "--field", "temperature")
+    assert status == 0
+    assert "fields temperature, readings.fields names others (value)" in stderr
+    assert "warning" not in run(settings, str(wide_file(tmp_path)), *columns)[2]

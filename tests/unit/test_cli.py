@@ -145,6 +145,8 @@ def ending(error: BaseException, *args: str) -> Result:
         (click.UsageError("no such thing"), 2, "Error: no such thing"),
         (KeyboardInterrupt(), 130, "stopped"),
         (SystemExit(130), 130, ""),
+        (PermissionError(13, "Permission denied", "model"), 1, "cannot use 'model': Permission denied; check the path"),
+        (OSError("no path"), 1, "OSError: no path (a bug in Millrace"),
         (ZeroDivisionError("division by zero"), 1, "ZeroDivisionError: division by zero (a bug in Millrace"),
     ],
 )
