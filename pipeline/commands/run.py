@@ -37,6 +37,11 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
 
     def progress(report: WorkerReport, lag: int) -> None:
         counts = report.counts
+        if not report.partitions:
+            context.note(
+                "waiting for the group to give this worker a partition (a member that was killed keeps its own for 45 s)"
+            )
+            return
         refused = sum(counts.rejected.values()) + counts.late
         rate = (counts.records + report.rebuilt) / max(report.seconds, 1e-9)
         context.note(

@@ -228,9 +228,12 @@ def _admin(settings: Settings) -> Iterator[KafkaAdminClient]:
 
 
 def _unreachable(settings: Settings) -> str:
+    host, _, port = settings.kafka.bootstrap_servers.partition(":")
+    # The settings may name a port of their own for the local broker; the command does not read them.
+    with_port = f" --port {port}" if host in ("127.0.0.1", "localhost") and port.isdigit() and port != "9092" else ""
     return (
         f"No Kafka broker answered at {settings.kafka.bootstrap_servers} within {UNREACHABLE_AFTER_MS / 1000:.0f} s. "
-        "Start one with `millrace broker start`, or name another with --bootstrap-servers HOST:PORT or "
+        f"Start one with `millrace broker start{with_port}`, or name another with --bootstrap-servers HOST:PORT or "
         "[kafka] bootstrap_servers; for a secured cluster see [kafka] security_protocol."
     )
 

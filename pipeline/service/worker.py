@@ -42,6 +42,8 @@ class WorkerReport:
     rebuilt: int = 0
     """Records read again in silence to rebuild state."""
     sensors: int = 0
+    partitions: int = 0
+    """Assigned now; 0 while the group has given none."""
     seconds: float = 0.0
 
 
@@ -77,6 +79,7 @@ class Worker:
             self.round()
             now = time.monotonic()
             self.report.seconds = now - started
+            self.report.partitions = len(self._tasks)
             if self._on_progress and now - reported >= REPORT_EVERY_SECONDS:
                 self._on_progress(self.report, self._lag())
                 reported = now
