@@ -127,7 +127,6 @@ class StreamView:
     next_offset: dict[int, int] = field(default_factory=dict)
     """Of each partition of the readings, as far as the view has read."""
     readings: int = 0
-    forecast_count: int = 0
     _tasks: dict[int, StepTask] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -159,7 +158,6 @@ class StreamView:
     def take_forecasts(self, records: RecordColumns) -> None:
         """Forecasts of one partition, in log order."""
         keys, values = records.keys(), records.values()
-        self.forecast_count += len(records)
         self.last_forecast.update((key.decode(), value) for key, value in zip(keys, values) if key and value)
         if self.sensor is None:
             return

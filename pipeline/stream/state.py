@@ -78,10 +78,6 @@ class SensorTable:
             found = list(map(self._slot_of.__getitem__, sensors))
         return np.array(found, np.int32)
 
-    def find(self, sensor: bytes) -> int | None:
-        """The sensor's slot, or None if it was never seen."""
-        return self._slot_of.get(sensor)
-
     def gather(self, slots: Slots, names: Iterable[str] | None = None) -> Rows:
         """Copies of the chosen rows; all columns unless named."""
         return {name: self._arrays[name][slots] for name in (self.columns if names is None else names)}

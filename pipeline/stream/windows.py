@@ -34,8 +34,6 @@ from pipeline.stream.state import SensorTable, Slots
 NEVER: Final = -(2**62)
 """No window and no time: exact in float64, far below any epoch millisecond."""
 
-AGGREGATES: Final = ("mean", "sum", "min", "max", "last", "count")
-
 STREAM_TIME: Final = "window.stream_time_ms"
 
 _Accumulators = dict[str, NDArray[Any]]

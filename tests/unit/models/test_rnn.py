@@ -179,9 +179,10 @@ def test_the_state_handed_in_is_not_changed(nets):
 
 def test_the_number_of_compilations_is_bounded(nets):
     net = nets["simple_rnn"]
+    before = net.compilations
     for batch in (1, 2, 3, 5, 9, 15, 16):
         net.unroll(*steps_and_state(net, batch, 1))
-    assert {size for size, steps in net._compiled if steps == 1} <= {1, 16}
+    assert 1 <= net.compilations <= before + 2  # one row, and sixteen for all the others
     assert sum(size * steps <= MAX_CELLS for size in ROW_BUCKETS for steps in STEP_BUCKETS) == 15
 
 
