@@ -20,9 +20,10 @@ from pipeline.settings import MASK, SECTIONS, Duration, Section, Settings, is_se
 
 _LATER: Final = {
     "retraining": "retraining while it runs",
-    "http": "the page of metrics",
 }
 """Sections of later versions, so that somebody who read ahead gets a straight answer."""
+
+MAX_TRANSACTION_MS: Final = 15 * 60_000
 
 Given = dict[tuple[str, str], Any]
 """(section, TOML key) -> the value as it came."""
@@ -252,6 +253,8 @@ def _check_kafka(settings: Settings, wrong: Wrong) -> None:
         host, _, port = server.strip().rpartition(":")
         if not host or not port.isascii() or not port.isdigit() or not 0 < int(port) < 65_536:
             wrong("kafka.bootstrap_servers", 'host:port, several separated by commas, such as "127.0.0.1:9092"')
+    if kafka.transaction_timeout_ms > MAX_TRANSACTION_MS:
+        wrong("kafka.transaction_timeout", 'at most "15m", which is what a broker allows (transaction.max.timeout.ms)')
     uses_sasl = kafka.security_protocol.startswith("SASL")
     if kafka.sasl_mechanism and not uses_sasl:
         wrong(

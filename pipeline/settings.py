@@ -23,11 +23,13 @@ from pipeline.errors import SettingsError
 __all__ = [
     "Duration",
     "ForecastSettings",
+    "HttpSettings",
     "KafkaSettings",
     "ModelSettings",
     "ReadingSettings",
     "Settings",
     "SettingsError",
+    "StateSettings",
     "TopicSettings",
     "TrainingSettings",
     "WindowSettings",
@@ -107,6 +109,28 @@ class KafkaSettings(Section, frozen=True):
         str,
         Meta(description="Static membership: a name of this worker that stays the same over restarts; empty: none."),
     ] = ""
+    session_timeout_ms: Annotated[
+        Duration,
+        Meta(
+            description="A worker that gives no sign of life for so long loses its partitions to the others.",
+            extra={"positive": True, "example": '"45s"'},
+        ),
+    ] = field(name="session_timeout", default=parse_duration("45s"))
+    processing_guarantee: Annotated[
+        Literal["exactly_once", "at_least_once"],
+        Meta(
+            description="exactly_once: forecasts, dead letters, state and offsets are one transaction. at_least_once: a crash "
+            "may send some forecasts twice; nothing waits for transactions but checkpoints."
+        ),
+    ] = "exactly_once"
+    transaction_timeout_ms: Annotated[
+        Duration,
+        Meta(
+            description="A transaction that takes longer is aborted and tried again; one left open by a worker that died "
+            "holds up readers of committed records for so long, or until a worker of the same group_instance_id starts.",
+            extra={"positive": True, "example": '"30s"'},
+        ),
+    ] = field(name="transaction_timeout", default=parse_duration("30s"))
     compression: Annotated[
         Literal["none", "gzip", "snappy", "lz4", "zstd"], Meta(description="How record batches sent are compressed.")
     ] = "lz4"
@@ -277,6 +301,33 @@ class ForecastSettings(Section, frozen=True):
     warmup_steps: Annotated[int, Meta(description="Steps of a sensor before the model answers for it.", ge=0)] = field(
         name="warmup", default=12
     )
+    provisional_after_ms: Annotated[
+        Duration | None,
+        Meta(
+            description="When a whole partition has been silent for so long, its last open windows are forecast from all the "
+            "same, once, with status `provisional`, if time going on like a clock would have closed them; empty: never.",
+            extra={"positive": True},
+        ),
+    ] = field(name="provisional_after", default=None)
+
+
+class StateSettings(Section, frozen=True):
+    """How the sensors' states are kept in the changelog topic."""
+
+    checkpoint_every_ms: Annotated[
+        Duration,
+        Meta(
+            description="States that changed are written so often; what came in since then is read again after a crash.",
+            extra={"positive": True, "example": '"10s"'},
+        ),
+    ] = field(name="checkpoint_every", default=parse_duration("10s"))
+
+
+class HttpSettings(Section, frozen=True):
+    """Where Prometheus finds the metrics."""
+
+    address: Annotated[str, Meta(description="Interface to listen on.", min_length=1)] = "127.0.0.1"
+    port: Annotated[int, Meta(description="Port of `/metrics`; 0: off.", ge=0, le=65_535)] = 0
 
 
 class ModelSettings(Section, frozen=True):
@@ -318,8 +369,10 @@ class Settings(Struct, frozen=True, kw_only=True):
     readings: ReadingSettings = field(default_factory=ReadingSettings)
     windows: WindowSettings = field(default_factory=WindowSettings)
     forecast: ForecastSettings = field(default_factory=ForecastSettings)
+    state: StateSettings = field(default_factory=StateSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    http: HttpSettings = field(default_factory=HttpSettings)
     sources: dict[str, str] = field(default_factory=dict)
     """TOML key -> where its value came from, for those that are not defaults."""
 
@@ -344,8 +397,10 @@ SECTIONS: Final[dict[str, type[Section]]] = {
     "readings": ReadingSettings,
     "windows": WindowSettings,
     "forecast": ForecastSettings,
+    "state": StateSettings,
     "model": ModelSettings,
     "training": TrainingSettings,
+    "http": HttpSettings,
 }
 
 

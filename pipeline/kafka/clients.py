@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import kafka
 from kafka import KafkaConsumer, KafkaProducer
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import AuthorizationError, KafkaConfigurationError, KafkaError, SaslAuthenticationFailedError
 
 from pipeline.errors import DeploymentError
@@ -42,6 +41,10 @@ class KafkaSettings(Protocol):
     def group_id(self) -> str: ...
     @property
     def group_instance_id(self) -> str: ...
+    @property
+    def session_timeout_ms(self) -> int: ...
+    @property
+    def transaction_timeout_ms(self) -> int: ...
     @property
     def compression(self) -> str: ...
     def client_options(self) -> dict[str, Any]: ...
@@ -88,8 +91,6 @@ def make_consumer(settings: HasKafka, **options: Any) -> Any:
         "bootstrap_timeout_ms": BOOTSTRAP_TIMEOUT_MS,
         "request_timeout_ms": REQUEST_TIMEOUT_MS,
         "reconnect_backoff_max_ms": RECONNECT_BACKOFF_MAX_MS,
-        # Incremental rebalances: whoever stays with its partitions keeps their state, and goes on while others move.
-        "partition_assignment_strategy": (CooperativeStickyAssignor,),
     }
     with telling_deployment_errors(f"connecting to {settings.kafka.bootstrap_servers}"):
         return KafkaConsumer(**(defaults | settings.kafka.client_options() | options))

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -150,6 +151,9 @@ class RecordSink:
             batch_size=SEND_BATCH_BYTES,
         )
 
+    def _before_append(self, producer: Any, partition: Any) -> None:
+        """For a sink whose batches belong to a transaction."""
+
     def _client(self) -> Any:
         if self._closed:
             raise DeploymentError("the sink is closed")
@@ -164,9 +168,7 @@ class RecordSink:
         self._pending.clear()
         self._pending_bytes = 0
         self._partitions.clear()  # another producer has to learn of a topic before batches are handed to it
-        producer._sender.force_close()
-        producer._sender.join(GRACE_SECONDS)
-        producer.close(timeout=0)
+        throw_away(producer)
 
     def _await_oldest(self, deadline: float) -> DeploymentError | None:
         pending = self._pending.popleft()
@@ -199,6 +201,7 @@ class RecordSink:
         batch._record_futures = futures = _FuturesIfSplit(batch)
         accumulator._appends_in_progress.increment()
         try:
+            self._before_append(producer, partition)
             with accumulator._tp_lock(partition):
                 accumulator._batches[partition].append(batch)
                 accumulator._incomplete.add(batch)
@@ -302,6 +305,14 @@ class _RecordInFlight:
         return None
 
 
+def throw_away(producer: Any) -> None:
+    """Ends a producer at once: what it has not sent by now it will not send."""
+    producer._sender.force_close()
+    producer._sender.join(GRACE_SECONDS)
+    with suppress(KafkaError):  # its thread hangs, and holds on to what it has: it is a daemon and ends with us
+        producer.close(timeout=0)
+
+
 def _undelivered(partition: Any, count: int, size_bytes: int, error: Exception) -> DeploymentError:
     hint = "check that the broker and its replicas are up (millrace broker status)"
     if isinstance(error, MessageSizeTooLargeError):
@@ -314,10 +325,12 @@ def _undelivered(partition: Any, count: int, size_bytes: int, error: Exception) 
             "most likely a timestamp further ahead of the broker's clock than the topic's"
             " message.timestamp.after.max.ms allows (an hour, unless set)"
         )
-    return DeploymentError(
+    failure = DeploymentError(
         f'{count} record(s), {size_bytes} bytes, for topic "{partition.topic}", partition {partition.partition}'
         f" were not delivered: {describe(error)}; {hint}"
     )
+    failure.__cause__ = error
+    return failure
 
 
 def _as_exception(error: Any) -> Exception:

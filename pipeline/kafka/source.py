@@ -11,19 +11,24 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
+from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
 from kafka.errors import (
     CommitFailedError,
     CorruptRecordError,
+    FencedInstanceIdError,
     IllegalGenerationError,
     KafkaError,
+    KafkaTimeoutError,
     OffsetOutOfRangeError,
     RebalanceInProgressError,
     RetriableError,
     UnknownMemberIdError,
 )
+from kafka.structs import MemberState
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.clients import (
@@ -47,6 +52,24 @@ FETCH_BYTES_PER_PARTITION = 2 * 2**20
 FETCH_BYTES = 32 * 2**20
 COLUMNS_PER_POLL = 1_000  # with the hook the client counts column sets, one a partition
 RECORDS_PER_POLL = 20_000  # without it, records
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """Proof that partitions are ours: handed on with a commit, it lets the broker refuse a worker that has lost them."""
+
+    topic: str
+    partitions: frozenset[int]
+    metadata: Any
+    """The client's ConsumerGroupMetadata: group, generation, member, instance."""
+
+    @property
+    def instance_id(self) -> str:
+        return self.metadata.group_instance_id or ""
+
+
+class OffsetsUnstable(Exception):
+    """A transaction that commits offsets of the group is still open: ask again later."""
 
 
 class RecordSource:
@@ -78,6 +101,7 @@ class RecordSource:
         self.on_revoked = on_revoked
         self._hooked = fast_path(hook, f'reading topic "{topic}"')
         self._rebalances = _Rebalances()
+        self._assignor = _Assignor(self._missed_a_generation)
         self._owned: set[int] = set()
         self._sought: set[int] = set()
         self._paused: set[int] = set()
@@ -85,6 +109,9 @@ class RecordSource:
             settings,
             group_id=self.group_id,
             group_instance_id=(settings.kafka.group_instance_id or None) if group else None,
+            session_timeout_ms=settings.kafka.session_timeout_ms,
+            heartbeat_interval_ms=min(3_000, settings.kafka.session_timeout_ms // 3),
+            partition_assignment_strategy=(self._assignor,),
             isolation_level=isolation,
             max_partition_fetch_bytes=consumer_options.pop("max_partition_fetch_bytes", FETCH_BYTES_PER_PARTITION),
             fetch_max_bytes=FETCH_BYTES,
@@ -156,13 +183,34 @@ class RecordSource:
         ends = self.end_offsets(tp.partition for tp in tps)
         return {tp.partition: found[tp].offset if found.get(tp) else ends[tp.partition] for tp in tps}
 
-    def committed(self, partition: int) -> int | None:
-        """The group's committed offset, the next one to read; None where it has never committed."""
+    def committed(self, partition: int, wait_ms: int = REQUEST_TIMEOUT_MS) -> int | None:
+        """The group's committed offset, the next one to read; None where it has never committed.
+
+        Under read_committed only an offset that no open transaction can still change is an answer (KIP-447). Raises
+        OffsetsUnstable when there was none within `wait_ms`."""
         if self.group_id is None:
             return None
         with telling_deployment_errors(f'asking for the offsets of group "{self.group_id}"'):
-            offset = self._consumer.committed(self._tp(partition), timeout_ms=REQUEST_TIMEOUT_MS)
+            try:
+                offset = self._consumer.committed(self._tp(partition), timeout_ms=wait_ms)
+            except (KafkaTimeoutError, RetriableError) as error:
+                raise OffsetsUnstable(describe(error)) from error
         return None if offset is None or offset < 0 else int(offset)
+
+    def membership(self) -> Membership | None:
+        """Which partitions are ours beyond doubt, and the proof of it; None while the group rearranges itself, or while
+        `poll` has yet to tell what a rebalance did.
+
+        The client calls itself stable, in a new generation, before it has taken partitions away. A commit with that
+        generation would be let through although it speaks of partitions that are another's by now: so the generation
+        counts only once the assignment that came with it has been taken over.
+        """
+        generation = self._assignor.generation
+        metadata = self._consumer.group_metadata()
+        stable = metadata.state == MemberState.STABLE and metadata.generation_id >= 0 and metadata.member_id
+        if not stable or metadata.generation_id != generation or self._rebalances.waiting():
+            return None
+        return Membership(self.topic, frozenset(self._held(self._owned)), metadata)
 
     def commit(self, offsets: Mapping[int, int]) -> bool:
         """Commits the next offset to read of each partition given. True when the group has all of them.
@@ -214,7 +262,8 @@ class RecordSource:
         if not existing:
             raise missing_topic(self.topic)
         if group:
-            self._consumer.subscribe([self.topic], listener=_Listener(self._rebalances, self._consumer))
+            listener = _Listener(self._rebalances, self._consumer, self._assignor)
+            self._consumer.subscribe([self.topic], listener=listener)
             return
         wanted = sorted(existing if partitions is None else partitions)
         if unknown := set(wanted) - set(existing):
@@ -226,6 +275,8 @@ class RecordSource:
     def _poll_client(self, timeout_ms: int) -> dict[int, list[Any]]:
         try:
             return {tp.partition: found for tp, found in self._consumer.poll(timeout_ms).items()}
+        except FencedInstanceIdError as error:
+            raise fenced(self._consumer.config["group_instance_id"]) from error
         except OffsetOutOfRangeError as error:
             raise self._out_of_range(error.args[0]) from error
         except CorruptRecordError as error:
@@ -265,6 +316,15 @@ class RecordSource:
             self._start(new)
         return taken
 
+    def _missed_a_generation(self, kept: Iterable[Any]) -> None:
+        """Called on the client's network thread. The client believes that it never lost these partitions, but the group
+        went on without it for a generation, in which they may have been another's: they begin anew."""
+        log.warning("the group went on without this worker: partitions that it still has begin anew")
+        again = list(kept)
+        _hold(self._consumer, again)
+        self._rebalances.revoked(tp.partition for tp in again)
+        self._rebalances.assigned(tp.partition for tp in again)
+
     def _start(self, partitions: Sequence[int]) -> None:
         for partition in self._held(partitions):
             if partition not in self._sought:
@@ -288,6 +348,8 @@ class RecordSource:
     def _commit(self, offsets: dict[Any, Any]) -> None:
         try:
             self._consumer.commit(offsets, timeout_ms=REQUEST_TIMEOUT_MS)
+        except FencedInstanceIdError as error:
+            raise fenced(self._consumer.config["group_instance_id"]) from error
         except (CommitFailedError, IllegalGenerationError, RebalanceInProgressError, UnknownMemberIdError) as error:
             raise _GroupMovedOn(describe(error)) from error
 
@@ -317,6 +379,40 @@ class RecordSource:
         return TopicPartition(self.topic, partition)
 
 
+def fenced(instance_id: str | None) -> DeploymentError:
+    return DeploymentError(
+        f'another worker has joined the group with kafka.group_instance_id = "{instance_id}" and taken this one\'s place;'
+        " give each worker a name of its own, or stop one of the two"
+    )
+
+
+class _Assignor(CooperativeStickyAssignor):  # type: ignore[misc]
+    """Incremental rebalances: whoever stays with its partitions keeps their state, and goes on while others move.
+
+    `generation`: of the assignment that the client took over last; it is told right after that. Generations are numbered
+    without gaps: `on_gap` is called with the partitions that were kept across one that this member was no part of.
+    """
+
+    def __init__(self, on_gap: Callable[[set[Any]], None]) -> None:
+        super().__init__()
+        self.generation = -1
+        self.held: set[Any] = set()
+        self._on_gap = on_gap
+
+    def on_assignment(self, assignment: Any, generation: int) -> None:
+        before = self.generation
+        super().on_assignment(assignment, generation)  # sets self.generation
+        assigned = set(assignment.partitions())
+        kept, self.held = self.held & assigned, assigned
+        if kept and generation not in (before, before + 1):
+            self._on_gap(kept)
+
+    def forget(self, partitions: Iterable[Any]) -> None:
+        """These are not held any longer, and must not be claimed at the next rebalance."""
+        self.held -= set(partitions)
+        self.member_assignment = list(self.held)
+
+
 class _GroupMovedOn(Exception):
     """A commit came too late: the partitions have another owner, or the group is choosing one."""
 
@@ -341,6 +437,10 @@ class _Rebalances:
             events, self._events = self._events, []
         return events
 
+    def waiting(self) -> bool:
+        with self._lock:
+            return bool(self._events)
+
     def revokes(self, partition: int) -> bool:
         with self._lock:
             return any(kind == "revoked" and partition in partitions for kind, partitions in self._events)
@@ -350,9 +450,10 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
     """Runs on the client's network thread and must not block: it takes notes, and keeps new partitions from being
     read."""
 
-    def __init__(self, rebalances: _Rebalances, consumer: Any) -> None:
+    def __init__(self, rebalances: _Rebalances, consumer: Any, assignor: _Assignor) -> None:
         self._rebalances = rebalances
         self._consumer = consumer
+        self._assignor = assignor
 
     def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
         new = list(assigned)
@@ -360,6 +461,7 @@ class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
         self._rebalances.assigned(tp.partition for tp in new)
 
     def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
+        self._assignor.forget(revoked)
         self._rebalances.revoked(tp.partition for tp in revoked)
 
 

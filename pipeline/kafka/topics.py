@@ -31,7 +31,9 @@ REQUEST_TIMEOUT_MS = 15_000
 CONTROL_RETENTION_MS = 7 * 24 * 3_600_000
 FOREVER_MS = -1
 WITH_READINGS = frozenset({"forecasts", "dead_letters", "state"})  # partition p of these belongs to p of the readings
-TUNING = frozenset({"min.cleanable.dirty.ratio"})  # set at creation; a topic that differs works all the same
+TUNING = frozenset(
+    {"min.cleanable.dirty.ratio", "segment.bytes"}
+)  # set at creation; a topic that differs works all the same
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,9 @@ class Finding:
 def required(settings: Settings) -> tuple[TopicSpec, ...]:
     """The six topics, readings first."""
     topics = settings.topics
-    # Compaction waits until half of a log is outdated by default; recovery reads the whole log, so a tenth is enough.
-    compacted = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.1"}
+    # Recovery reads the whole log, and compaction leaves the newest segment alone: by default that is a gigabyte. It also
+    # waits until half of the log is outdated by default. (50 MB: as Kafka Streams sets it for its changelogs.)
+    compacted = {"cleanup.policy": "compact", "min.cleanable.dirty.ratio": "0.1", "segment.bytes": "52428800"}
     readings = _by_arrival(topics.readings_retention_ms) | {"message.timestamp.type": "CreateTime"}
     shapes: tuple[tuple[str, str, int, dict[str, str]], ...] = (
         ("readings", topics.readings_topic, topics.partitions, readings),

@@ -1,13 +1,15 @@
-"""The worker: polls, runs one task per partition, sends, then commits.
+"""The worker: polls, runs one task per partition, and commits what follows from it.
 
 The order of one round, and what a crash after each step leaves behind:
-1. poll              nothing happened
+1. poll              nothing happened; rebalances are told here and nowhere else, and no transaction is open
 2. run the tasks     nothing happened outside this process
-3. deliver           forecasts and dead letters are written; read again, they are sent once more (at least once)
-4. commit offsets    done
+3. settle            a commit whose fate is not known is decided before the next one
+4. restore           partitions that arrived get their states back, a piece a round, while the others are served
+5. commit            forecasts, dead letters, due checkpoints and offsets, all or nothing (pipeline/kafka/transactions.py)
 
-A partition that arrives is read again from the start of its log to the committed offset without sending anything:
-its state is what it would be had this worker always had it.
+State lives in the tasks and runs ahead of what is committed by one round at most. A commit that fails is tried again with the very
+same content; a partition that is taken away takes its uncommitted work with it, because whoever has it now makes the same again
+from the log. So nothing is ever rolled back, and revocation needs no flush.
 """
 
 from __future__ import annotations
@@ -15,23 +17,35 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
 
 from models.forecaster import Forecaster
 from pipeline.errors import DeploymentError
-from pipeline.kafka.sink import RecordSink
-from pipeline.kafka.source import RecordSource
+from pipeline.kafka.changelog import Restore
+from pipeline.kafka.source import OffsetsUnstable, RecordSource
+from pipeline.kafka.transactions import TransactionFailed
 from pipeline.service.assembly import task_settings
+from pipeline.service.commit import Committer, PartitionWork
+from pipeline.service.metrics import WorkerMetrics
+from pipeline.service.serving import Serving, begin
 from pipeline.settings import Settings
-from pipeline.stream.columns import Counts, OutgoingRecords, RecordColumns
-from pipeline.stream.serdes import encode_dead_letters, encode_forecasts
-from pipeline.stream.task import ForecastTask, TaskOutput
+from pipeline.stream.columns import Counts, RecordColumns
 
 log = logging.getLogger(__name__)
 
 POLL_TIMEOUT_MS = 200
+POLL_WHILE_RESTORING_MS = 5
+"""Restoring goes on between two polls; what is served meanwhile should not wait for it, nor it for that."""
+RESTORE_AT_ONCE = 4
+"""Each has a consumer of its own."""
+COMMITTED_WAIT_MS = 250
 REPORT_EVERY_SECONDS = 10.0
+GIVE_UP_SECONDS = 180.0
+"""How long commits may fail, or offsets stay undecided, before a person is asked: longer than a broker's restart."""
+FINISH_SECONDS = 20.0
 
 
 @dataclass(slots=True)
@@ -39,149 +53,329 @@ class WorkerReport:
     """What a run of the worker did."""
 
     counts: Counts = field(default_factory=Counts)
+    restored: int = 0
+    """Sensors whose states came out of the changelog."""
     rebuilt: int = 0
-    """Records read again in silence to rebuild state."""
+    """Records read again in silence."""
+    checkpoints: int = 0
     sensors: int = 0
     partitions: int = 0
     """Assigned now; 0 while the group has given none."""
     seconds: float = 0.0
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """A partition that has come and whose state has not."""
+
+    since: float
+    committed: int | None = None
+    decided: bool = False
+    """The committed offset is known, and no transaction can change it any more."""
+    restore: Restore | None = None
+
+
 class Worker:
     """One member of the consumer group.
 
-    on_progress is called about every ten seconds, and at the end, with the report so far and the lag in records."""
+    on_progress is called about every ten seconds, and at the end, with the report so far and the lag in records. on_restore is
+    called while a partition is restored: partition, offsets read, offsets in all; the last time with both equal.
+    """
 
     def __init__(
         self,
         settings: Settings,
         source: RecordSource,
-        sink: RecordSink,
+        committer: Committer,
         model: Forecaster | None = None,
         on_progress: Callable[[WorkerReport, int], None] | None = None,
+        on_restore: Callable[[int, int, int], None] | None = None,
+        metrics: WorkerMetrics | None = None,
     ) -> None:
         self.settings = settings
         self.source = source
-        self.sink = sink
+        self.committer = committer
         self.model = model
         self.report = WorkerReport()
+        self.metrics = metrics or WorkerMetrics(CollectorRegistry())
         self._task_settings = task_settings(settings)
-        self._tasks: dict[int, ForecastTask] = {}
-        self._next_offset: dict[int, int] = {}
+        self._serving: dict[int, Serving] = {}
+        self._arrivals: dict[int, _Arrival] = {}
+        self._work: dict[int, PartitionWork] = {}
+        """What has not been seen to be committed."""
+        self._in_doubt = False
+        """The last commit failed: whether it happened nevertheless is to be found out."""
+        self._failing_since: float | None = None
+        self._holding = False
         self._on_progress = on_progress
+        self._on_restore = on_restore
         source.on_assigned, source.on_revoked = self._arrived, self._lost
 
     def run(self, stop: threading.Event, exit_at_end: bool = False) -> WorkerReport:
-        """Work until `stop` is set, or, with exit_at_end, until the offsets found at the start have been reached."""
+        """Work until `stop` is set, or, with exit_at_end, until the offsets found at the start have been reached; then
+        write a last checkpoint."""
         started = reported = time.monotonic()
         ends = self.source.end_offsets(self.source.partitions) if exit_at_end else {}
         while not stop.is_set():
             self.round()
             now = time.monotonic()
             self.report.seconds = now - started
-            self.report.partitions = len(self._tasks)
+            self.report.partitions = len(self._serving) + len(self._arrivals)
             if self._on_progress and now - reported >= REPORT_EVERY_SECONDS:
                 self._on_progress(self.report, self._lag())
                 reported = now
             if exit_at_end and self._caught_up(ends):
                 break
+        self._finish()
         if self._on_progress:
             self._on_progress(self.report, self._lag())
         return self.report
 
-    def round(self) -> None:
+    def round(self, at_end: bool = False) -> None:
         """One poll and all that follows from it."""
-        polled = self.source.poll(POLL_TIMEOUT_MS)
-        outputs = [self._process(records) for records in polled]
-        outgoing = [batch for output in outputs for batch in self._encode(output)]
-        if outgoing:
-            self.sink.deliver(outgoing)
+        polled = self.source.poll(POLL_WHILE_RESTORING_MS if self._arrivals else POLL_TIMEOUT_MS)
+        for records in polled:
+            self._process(records)
+        if not self._settle():
+            return
+        if not at_end:
+            self._restore_more()
+        self._gather(at_end)
         self._commit()
 
+    # -- partitions come and go: called inside poll
+
     def _arrived(self, partitions: Sequence[int]) -> None:
-        beginnings, ends = self.source.beginning_offsets(partitions), self.source.end_offsets(partitions)
         for partition in partitions:
-            self._start(partition, beginnings[partition], ends[partition])
+            self.source.pause([partition])
+            self.source.seek(partition, 0)  # where it really begins is known once its state is there
+            self._arrivals[partition] = _Arrival(time.monotonic())
+        self._show_partitions()
 
     def _lost(self, partitions: Sequence[int]) -> None:
         for partition in partitions:
-            # Its state lives in the log; whoever has the partition now reads it from there.
-            self._tasks.pop(partition, None)
-            self._next_offset.pop(partition, None)
+            self._drop(partition)
+        self._show_partitions()
 
-    def _start(self, partition: int, beginning: int, end: int) -> None:
-        committed = self.source.committed(partition)
-        emit_from = beginning if committed is None else committed
-        if not beginning <= emit_from <= end:
-            # Going on would leave readings unanswered: those that are gone, or those that come before the offset again.
-            raise DeploymentError(
-                f'topic "{self.source.topic}", partition {partition}: the group "{self.source.group_id}" has committed '
-                f"offset {committed}, the log holds [{beginning}, {end}). Retention or a new topic of the same name took "
-                "the records away: set kafka.group_id to a new name to answer all that is left from the beginning, "
-                "and lengthen topics.readings_retention"
-            )
-        if committed is not None and beginning > 0:
-            log.warning(
-                "partition %d: the log starts at offset %d, older readings are gone; "
-                "the states of its sensors are rebuilt from what is left",
-                partition,
-                beginning,
-            )
-        self.source.seek(partition, beginning)
-        self._tasks[partition] = ForecastTask(self._task_settings, self.model, emit_from)
-        self._next_offset[partition] = beginning
-        log.info("partition %d: rebuilding state from offset %d to %d", partition, beginning, emit_from)
+    def _drop(self, partition: int) -> None:
+        self._serving.pop(partition, None)
+        self._work.pop(partition, None)
+        self.metrics.forget_partition(partition)
+        arrival = self._arrivals.pop(partition, None)
+        if arrival and arrival.restore:
+            arrival.restore.close()
 
-    def _process(self, records: RecordColumns) -> TaskOutput:
-        task = self._tasks[records.partition]
-        first, expected = int(records.offsets[0]), self._next_offset[records.partition]
-        if first < expected:
-            raise RuntimeError(
-                f"{records.topic}-{records.partition}: offset {first} came after {expected - 1}: a bug in the source"
-            )
-        output = task.run(records)
-        self._next_offset[records.partition] = output.next_offset
+    def _show_partitions(self) -> None:
+        self.metrics.show_partitions(len(self._arrivals), len(self._serving))
+
+    # -- restoring
+
+    def _restore_more(self) -> None:
+        for partition in sorted(self._arrivals)[:RESTORE_AT_ONCE]:
+            arrival = self._arrivals[partition]
+            if not arrival.decided and not self._ask_committed(partition, arrival):
+                continue
+            if arrival.restore is None:
+                arrival.restore = Restore(self.settings, partition)
+            done = arrival.restore.advance(POLL_WHILE_RESTORING_MS)
+            if self._on_restore:
+                self._on_restore(partition, *arrival.restore.progress)
+            if done:
+                self._serve(partition, arrival, arrival.restore)
+
+    def _ask_committed(self, partition: int, arrival: _Arrival) -> bool:
+        """The offset comes first and the checkpoint after: whoever had the partition can commit neither any more."""
+        try:
+            arrival.committed = self.source.committed(partition, COMMITTED_WAIT_MS)
+            arrival.decided = True
+        except OffsetsUnstable as unstable:
+            waited = time.monotonic() - arrival.since
+            if waited > GIVE_UP_SECONDS:
+                raise DeploymentError(
+                    f'topic "{self.source.topic}", partition {partition}: no committed offset of group '
+                    f'"{self.source.group_id}" to be had for {waited:.0f} s ({unstable}); check the brokers, and for hanging '
+                    "transactions (kafka-transactions.sh --find-hanging)"
+                ) from unstable
+        return arrival.decided
+
+    def _serve(self, partition: int, arrival: _Arrival, restore: Restore) -> None:
+        beginning, end = (
+            ask([partition])[partition] for ask in (self.source.beginning_offsets, self.source.end_offsets)
+        )
+        serving, start = begin(
+            self.settings, self._task_settings, self.model, restore, arrival.committed, beginning, end, _now_ms()
+        )
+        restore.close()
+        del self._arrivals[partition]
+        self._serving[partition] = serving
+        self.source.seek(partition, start.offset)
+        if not self._holding:
+            self.source.resume([partition])
+        seconds = time.monotonic() - arrival.since
+        restored = len(serving.task.table)
+        self.report.restored += restored
+        self.metrics.restored_sensors.inc(restored)
+        self.metrics.restored_bytes.inc(restore.read_bytes)
+        self.metrics.restore_seconds.observe(seconds)
+        self._show_partitions()
+        if start.note:
+            log.warning("partition %d: %s", partition, start.note)
+        log.info(
+            "partition %d: %d sensors restored in %.1f s; taking in offsets %d to %d again, answering from there",
+            partition,
+            restored,
+            seconds,
+            start.offset,
+            start.emit_from,
+        )
+
+    # -- readings
+
+    def _process(self, records: RecordColumns) -> None:
+        serving = self._serving[records.partition]
+        output = serving.run(records, self.settings.topics, _now_ms())
+        replayed = len(records) - output.counts.records
         self.report.counts.add(output.counts)
-        self.report.rebuilt += len(records) - output.counts.records
-        self.report.sensors = sum(len(task.table) for task in self._tasks.values())
-        return output
+        self.report.rebuilt += replayed
+        self.metrics.replayed_records.inc(replayed)
+        self.report.sensors = sum(len(one.task.table) for one in self._serving.values())
 
-    def _encode(self, output: TaskOutput) -> list[OutgoingRecords]:
-        topics, spec = self.settings.topics, self._task_settings.spec
-        batches = []
-        if len(output.forecasts):
-            batches.append(
-                encode_forecasts(
-                    output.forecasts, spec.target_names, spec.quantiles, spec.step_ms, topics.forecasts_topic
+    def _gather(self, at_end: bool = False) -> None:
+        """What is due of each partition becomes work to commit."""
+        positions, now_ms = self.source.positions(), _now_ms()
+        silence_ms = self.settings.forecast.provisional_after_ms
+        for partition, serving in self._serving.items():
+            if partition in self._work or partition not in positions:
+                continue  # its last work is not committed yet, or a rebalance is just taking it away
+            if silence_ms is not None and not at_end:
+                self.report.counts.forecasts += serving.speak_provisionally(
+                    now_ms, silence_ms, self.source.topic, self.settings.topics
                 )
-            )
-        if output.dead_letters:
-            partition = output.dead_letters[0].partition
-            batches.append(encode_dead_letters(output.dead_letters, topics.dead_letters_topic, partition))
-        return batches
+            work = serving.work(positions[partition], now_ms, at_end)
+            if work is not None:
+                self._work[partition] = work
+
+    # -- committing
 
     def _commit(self) -> None:
-        """Positions of what was sent; one that only rebuilds state stays behind the committed offset and is left alone."""
-        positions = self.source.positions()
-        due = {
-            partition: position
-            for partition, position in positions.items()
-            if partition in self._tasks and position > self._tasks[partition].emit_from
-        }
-        # While the group rearranges, nothing is committed: the next round tries again for what is still ours.
-        if due and self.source.commit(due):
-            for partition, position in due.items():
-                self._tasks[partition].emit_from = position
+        """Commits the work gathered, or holds everything until that can be done."""
+        if not self._work:
+            self._release()
+            return
+        membership = self.source.membership()
+        if membership is None or not set(self._work) <= membership.partitions:
+            self._hold()  # the next polls tell what is still ours
+            return
+        started_ms = _now_ms()
+        try:
+            with self.metrics.commit_seconds.time():
+                self.committer.commit(self._work, membership)
+        except TransactionFailed as failure:
+            self._failed(failure)
+            return
+        self._done(list(self._work), started_ms)
+
+    def _failed(self, failure: Exception) -> None:
+        self.metrics.transactions.labels("failed").inc()
+        self._hold()
+        self._in_doubt = True
+        now = time.monotonic()
+        self._failing_since = self._failing_since or now
+        if now - self._failing_since > GIVE_UP_SECONDS:
+            raise DeploymentError(
+                f"nothing could be committed for {now - self._failing_since:.0f} s: {failure}"
+            ) from failure
+        log.warning("a commit failed and is tried again: %s", failure)
+
+    def _settle(self) -> bool:
+        """Finds out what became of a commit that failed. False: not yet known."""
+        if not self._in_doubt:
+            return True
+        try:
+            self.committer.settle()
+            committed = {p: self.source.committed(p, COMMITTED_WAIT_MS) for p in self._work}
+        except (TransactionFailed, OffsetsUnstable) as failure:
+            self._failed(failure)
+            return False
+        self._in_doubt = False
+        for partition, offset in committed.items():
+            serving = self._serving[partition]
+            if offset == self._work[partition].offset and offset != serving.committed:
+                log.info("partition %d: the commit had happened, up to offset %d", partition, offset)
+                self._done([partition], _now_ms())
+            elif offset != serving.committed:
+                # Somebody else has answered in our place: what we hold is not what the group stands at.
+                log.warning(
+                    "partition %d: the group stands at %s, not %s: starting it again",
+                    partition,
+                    offset,
+                    serving.committed,
+                )
+                self._drop(partition)
+                self._arrived([partition])
+        return True
+
+    def _done(self, partitions: Iterable[int], started_ms: int) -> None:
+        self._failing_since = None
+        self.metrics.transactions.labels("committed").inc()
+        now_ms = _now_ms()
+        for partition in partitions:
+            work = self._work.pop(partition)
+            self._serving[partition].committed_work(work, now_ms, now_ms - started_ms)
+            if work.capture is not None:
+                self.report.checkpoints += 1
+                self.metrics.checkpoints.inc()
+                self.metrics.checkpoint_bytes.inc(work.capture.size_bytes)
+                self.metrics.checkpoint_time.labels(str(partition)).set(time.time())
+        self._release()
+
+    def _hold(self) -> None:
+        """Takes nothing new in; polls go on, so that the group knows that we live."""
+        self._holding = True
+        self.source.pause(self._serving)
+
+    def _release(self) -> None:
+        if self._holding and not self._work:
+            self._holding = False
+            self.source.resume(self._serving)
+
+    def _finish(self) -> None:
+        """A last checkpoint, so that whoever comes next reads nothing again. Given up after a while: it is only a courtesy."""
+        deadline = time.monotonic() + FINISH_SECONDS
+        self._hold()
+        while time.monotonic() < deadline:
+            if not self._in_doubt:
+                self._gather(at_end=True)
+                self._commit()
+            if not self._work:
+                return
+            self._hold()
+            self.round(at_end=True)
+        log.warning(
+            "no last checkpoint within %.0f s: what came since the one before is read again at the next start",
+            FINISH_SECONDS,
+        )
+
+    # -- how far
 
     def _caught_up(self, ends: Mapping[int, int]) -> bool:
-        """Everything up to the ends is read, sent and committed."""
+        """Everything up to the ends is read and committed."""
         positions = self.source.positions()
-        return bool(self._tasks) and all(
-            min(positions.get(partition, -1), task.emit_from) >= ends[partition]
-            for partition, task in self._tasks.items()
+        return (
+            bool(self._serving)
+            and not self._arrivals
+            and not self._work
+            and all(
+                min(positions.get(partition, -1), serving.emit_from) >= ends[partition]
+                for partition, serving in self._serving.items()
+            )
         )
 
     def _lag(self) -> int:
         positions = self.source.positions()
         ends = self.source.end_offsets()
-        return sum(max(ends[partition] - positions.get(partition, 0), 0) for partition in self._tasks)
+        return sum(max(ends[p] - positions.get(p, 0), 0) for p in self._serving)
+
+
+def _now_ms() -> int:
+    return time.monotonic_ns() // 1_000_000

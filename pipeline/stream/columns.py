@@ -190,7 +190,7 @@ class Forecasts:
     offset: Int64
     """(m) the input offset that closed the step."""
     model: str
-    """Version that answered where the status is ok or stale."""
+    """Version that answered where the status is ok, stale or provisional."""
     baseline: str
     """Name of the baseline that answered elsewhere."""
 

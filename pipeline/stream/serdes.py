@@ -257,7 +257,7 @@ def encode_forecasts(
     )
     status = [name.encode() for name in STATUSES]
     answered_by = [
-        orjson.dumps(forecasts.model if name in ("ok", "stale") else forecasts.baseline) for name in STATUSES
+        orjson.dumps(forecasts.baseline if name in ("warming", "baseline") else forecasts.model) for name in STATUSES
     ]
     per = targets * (1 + levels)
     values = [

@@ -2,13 +2,16 @@
 
 What belongs to the partition rather than to a sensor (its stream time) lies beside the rows, so that a snapshot of the table is the
 whole memory of a task.
+
+The columns fall into two families, because they change at different paces: `windows` with every reading, `steps` only when a window
+closes. The table remembers which rows of which family changed, so that a checkpoint writes no more than that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +19,18 @@ from numpy.typing import NDArray
 from models.forecaster import Column, Rows
 
 Slots = NDArray[np.int32]
+
+WINDOWS, STEPS = "windows", "steps"
+FAMILIES: Final = (WINDOWS, STEPS)
+
+
+def family_of(column: str) -> str:
+    """Which family a column belongs to, by its name.
+
+    >>> family_of("window.sum"), family_of("rnn.hidden")
+    ('windows', 'steps')
+    """
+    return WINDOWS if column.startswith("window.") else STEPS
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +66,7 @@ class SensorTable:
         """Sensor id of each slot, UTF-8. Slots are given in order of first appearance in the log and never move."""
         self._arrays = {name: _filled(column, capacity) for name, column in self.columns.items()}
         self._capacity = capacity
+        self._changed = {family: np.zeros(capacity, np.bool_) for family in FAMILIES}
         self.partition: dict[str, NDArray[Any]] = {
             column.name: np.full(column.shape, column.fill, column.dtype) for column in partition_columns
         }
@@ -71,10 +87,13 @@ class SensorTable:
         """(n) slot of each sensor; sensors not seen before get the next ones, in the order given."""
         found = list(map(self._slot_of.get, sensors))
         if None in found:
+            before = len(self.sensors)
             for sensor in dict.fromkeys(sensor for sensor, slot in zip(sensors, found) if slot is None):
                 self._slot_of[sensor] = len(self.sensors)
                 self.sensors.append(sensor)
             self._grow(len(self.sensors))
+            for flags in self._changed.values():
+                flags[before : len(self.sensors)] = True
             found = list(map(self._slot_of.__getitem__, sensors))
         return np.array(found, np.int32)
 
@@ -93,14 +112,31 @@ class SensorTable:
             if not self.columns[name].survives_reset:
                 self._arrays[name][slots] = self.columns[name].fill
 
+    def touch(self, slots: Slots, *families: str) -> None:
+        """Note that these rows have changed in these families; a slot may appear more than once."""
+        for family in families:
+            self._changed[family][slots] = True
+
+    def changed(self, family: str) -> NDArray[np.bool_]:
+        """(sensors) which rows are new or changed in this family since `all_saved`: a view, valid until the table grows."""
+        return self._changed[family][: len(self.sensors)]
+
+    def all_saved(self) -> None:
+        """What changed so far is kept elsewhere: begin to note anew."""
+        for flags in self._changed.values():
+            flags[:] = False
+
     def snapshot(self) -> Snapshot:
         rows = {name: self[name].copy() for name in self.columns}
         return Snapshot(tuple(self.sensors), rows, {name: value.copy() for name, value in self.partition.items()})
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Replace the whole content; the columns must be those of the snapshot."""
+        """Replace the whole content; the columns must be those of the snapshot. Every row counts as changed."""
         if set(snapshot.rows) != set(self.columns) or set(snapshot.partition) != set(self.partition):
             raise ValueError(f"snapshot holds columns {sorted(snapshot.rows)}, the table has {sorted(self.columns)}")
+        for name, values in snapshot.rows.items():
+            if values.shape[1:] != self.columns[name].shape:
+                raise ValueError(f"column {name} of the snapshot is {values.shape}, the table's {self.columns[name]}")
         self.sensors = list(snapshot.sensors)
         self._slot_of = {sensor: slot for slot, sensor in enumerate(self.sensors)}
         self._grow(len(self.sensors))
@@ -108,6 +144,8 @@ class SensorTable:
             self._arrays[name][: len(self.sensors)] = values
             self._arrays[name][len(self.sensors) :] = self.columns[name].fill
         self.partition = {name: value.copy() for name, value in snapshot.partition.items()}
+        for flags in self._changed.values():
+            flags[: len(self.sensors)] = True
 
     def _grow(self, needed: int) -> None:
         if needed <= self._capacity:
@@ -119,6 +157,9 @@ class SensorTable:
             old = self._arrays[name]
             grown[: len(old)] = old
             self._arrays[name] = grown
+        for family, flags in self._changed.items():
+            self._changed[family] = np.zeros(self._capacity, np.bool_)
+            self._changed[family][: len(flags)] = flags
 
 
 def _filled(column: Column, rows: int) -> NDArray[Any]:

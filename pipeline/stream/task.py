@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from models.forecaster import Forecaster, SeriesSpec
-from pipeline.stream.columns import Bool, Counts, DeadLetter, Forecasts, Int64, Readings, RecordColumns, Rejected, Steps
+from pipeline.stream.columns import (
+    OK,
+    PROVISIONAL,
+    STALE,
+    Bool,
+    Counts,
+    DeadLetter,
+    Forecasts,
+    Int64,
+    Readings,
+    RecordColumns,
+    Rejected,
+    Steps,
+)
 from pipeline.stream.forecasting import Answers, Forecasting
 from pipeline.stream.serdes import CONVERTER, TRANSFORMATION, ReadingDecoder, ReadingFormat
-from pipeline.stream.state import SensorTable
-from pipeline.stream.windows import WindowOperator, WindowRule
+from pipeline.stream.state import STEPS, WINDOWS, SensorTable
+from pipeline.stream.windows import NEVER, STREAM_TIME, WindowOperator, WindowRule
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +51,11 @@ class TaskOutput:
 class StepTask:
     """The first half: records of one partition to closed windows. What training reads history through."""
 
-    def __init__(self, settings: TaskSettings, table: SensorTable | None = None) -> None:
+    def __init__(self, settings: TaskSettings) -> None:
         self.settings = settings
         self.decoder = ReadingDecoder(settings.format)
         self.windows = WindowOperator(settings.rule)
-        if table is None:
-            table = SensorTable(self.windows.columns(), self.windows.partition_columns())
-        self.table = table
+        self.table = self._empty_table()
 
     def process(self, records: RecordColumns) -> tuple[Steps, Readings, list[Rejected]]:
         """Steps that closed, the readings decoded, and what was refused (late readings included), by row."""
@@ -50,8 +63,15 @@ class StepTask:
         steps, late = self.advance(readings)
         return steps, readings, rejected + [self._late(readings, row) for row in late]
 
+    def _empty_table(self) -> SensorTable:
+        return SensorTable(self.windows.columns(), self.windows.partition_columns())
+
     def advance(self, readings: Readings) -> tuple[Steps, Int64]:
-        return self.windows.advance(self.table.slots(readings.sensors), readings, self.table)
+        slots = self.table.slots(readings.sensors)
+        steps, late = self.windows.advance(slots, readings, self.table)
+        self.table.touch(slots, WINDOWS)
+        self.table.touch(steps.slot, WINDOWS, STEPS)
+        return steps, late
 
     def _late(self, readings: Readings, row: int) -> Rejected:
         rule = self.settings.rule
@@ -72,9 +92,7 @@ class ForecastTask(StepTask):
 
     def __init__(self, settings: TaskSettings, model: Forecaster | None = None, emit_from: int = 0) -> None:
         self.forecasting = Forecasting(settings.spec, model)
-        windows = WindowOperator(settings.rule)
-        table = SensorTable((*windows.columns(), *self.forecasting.columns()), windows.partition_columns())
-        super().__init__(settings, table)
+        super().__init__(settings)
         self.emit_from = emit_from
 
     def run(self, records: RecordColumns) -> TaskOutput:
@@ -82,7 +100,8 @@ class ForecastTask(StepTask):
         steps, readings, rejected = self.process(records)
         answers = self.forecasting.advance(steps, self.table)
         letters = self._dead_letters(records, rejected)
-        forecasts = self._forecasts(records, steps, answers)
+        chosen: Bool = answers.known & (steps.offset >= self.emit_from)
+        forecasts = self._forecasts(records.topic, records.partition, steps, answers, chosen)
         return TaskOutput(
             forecasts,
             letters,
@@ -90,16 +109,44 @@ class ForecastTask(StepTask):
             int(records.offsets[-1]) + 1 if len(records) else 0,
         )
 
-    def _forecasts(self, records: RecordColumns, steps: Steps, answers: Answers) -> Forecasts:
-        chosen: Bool = answers.known & (steps.offset >= self.emit_from)
-        if chosen.all():
-            rows: Bool | slice = slice(None)
-        else:
-            rows = chosen
+    def provisional(self, topic: str, partition: int, idle_ms: int, offset: int) -> list[Forecasts]:
+        """What there would be to say if stream time had gone on for `idle_ms` without a reading: forecasts of the
+        windows that hold readings and would have closed, with status `provisional`. Empty while the newest of them would
+        still be open.
+
+        Made on a copy: the task itself, and so all that follows, is as if nobody had asked. offset: of the last record
+        taken in. Those that the model answered come apart from those of the baseline.
+        """
+        newest = self.windows.newest_open(self.table)
+        closes_at_ms = int(self.settings.rule.closes_at_ms(np.array(newest, np.int64)))
+        if newest == NEVER or int(self.table.partition[STREAM_TIME]) + idle_ms < closes_at_ms:
+            return []
+        table = self._empty_table()
+        table.restore(self.table.snapshot())
+        steps = self.windows.close_at(closes_at_ms, table)
+        steps.offset[:] = offset
+        answers = self.forecasting.advance(steps, table)
+        by_model = np.isin(answers.status, (OK, STALE))
+        answers.status[:] = PROVISIONAL
+        found = [
+            self._forecasts(topic, partition, steps, answers, answers.known & by_model),
+            replace(
+                self._forecasts(topic, partition, steps, answers, answers.known & ~by_model),
+                model=self.forecasting.baseline.version,
+            ),
+        ]
+        return [forecasts for forecasts in found if len(forecasts)]
+
+    def _empty_table(self) -> SensorTable:
+        columns = (*self.windows.columns(), *self.forecasting.columns())
+        return SensorTable(columns, self.windows.partition_columns())
+
+    def _forecasts(self, topic: str, partition: int, steps: Steps, answers: Answers, chosen: Bool) -> Forecasts:
+        rows: Bool | slice = slice(None) if chosen.all() else chosen
         sensors = self.table.sensors
         return Forecasts(
-            topic=records.topic,
-            partition=records.partition,
+            topic=topic,
+            partition=partition,
             sensors=[sensors[slot].decode() for slot in steps.slot[rows].tolist()],
             issued_at_ms=steps.end_ms[rows],
             mean=answers.mean[rows],

@@ -128,6 +128,17 @@ class WindowOperator:
         steps.offset[:] = readings.offsets[cause]
         return steps, late
 
+    def newest_open(self, table: SensorTable) -> int:
+        """Index of the newest window that holds readings and is still open; NEVER where there is none."""
+        index = table["window.index"]
+        return int(index.max()) if index.size else NEVER
+
+    def close_at(self, stream_time_ms: int, table: SensorTable) -> Steps:
+        """The steps that would close if stream time moved on without a reading. Updates the table; `offset` is 0."""
+        table.partition[STREAM_TIME][...] = stream_time_ms
+        closed = int(self.rule.closed_through(stream_time_ms))
+        return self._steps(self._take_closed(table, closed), closed, table)
+
     def _assign(self, readings: Readings, stream_time: Int64) -> tuple[Int64, Int64, Int64]:
         """(row, window) pairs for every open window of every reading, in log order; rows late for all of theirs."""
         newest = readings.event_time_ms // self.rule.hop_ms
@@ -150,7 +161,7 @@ class WindowOperator:
             start = np.full((len(unique_slot), *cell.shape), cell.fill, cell.dtype)
             start[carried] = table[f"window.{cell.name}"][unique_slot[carried], position[carried]]
             cells[cell.name] = start
-        table["window.index"][unique_slot[carried], position[carried]] = NEVER
+        self._clear(table, unique_slot[carried], position[carried])
         _add(cells, group, readings.values[row], readings.event_time_ms[row])
         return _Groups(unique_slot, unique_window, cells)
 
@@ -165,9 +176,15 @@ class WindowOperator:
         index = table["window.index"]
         slot, position = np.nonzero((index != NEVER) & (index <= closed))
         window = index[slot, position]
-        index[slot, position] = NEVER
         cells = {cell.name: table[f"window.{cell.name}"][slot, position] for cell in self._cells}
+        self._clear(table, slot, position)
         return _Groups(slot.astype(np.int32), window, cells)
+
+    def _clear(self, table: SensorTable, slot: Slots | Int64, position: Int64) -> None:
+        """Empty these places of the ring: what a row holds is a function of the log, down to its last byte."""
+        table["window.index"][slot, position] = NEVER
+        for cell in self._cells:
+            table[f"window.{cell.name}"][slot, position] = cell.fill
 
     def _steps(self, data: _Groups, closed: int, table: SensorTable) -> Steps:
         """Closed windows with readings, plus the gap steps around them, in order."""

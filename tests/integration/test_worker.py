@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,13 @@ from kafka import KafkaAdminClient, TopicPartition
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka import topics
-from pipeline.kafka.sink import RecordSink, partition_for
-from pipeline.kafka.source import RecordSource
-from pipeline.service.worker import Worker, WorkerReport
+from pipeline.kafka.sink import partition_for
+from pipeline.kafka.source import Membership, RecordSource
+from pipeline.service.worker import WorkerReport
 from pipeline.settings import Settings, load
 from tests.helpers.broker import RunningBroker, produce_records, read_all
 from tests.helpers.streams import HOUR, START, fleet, reading
+from tests.helpers.workers import running_worker
 
 PARTITIONS = 3
 
@@ -41,8 +41,8 @@ def make_settings(broker: RunningBroker, domain: str, tmp_path: Path, **override
 
 
 def run_to_the_end(settings: Settings) -> WorkerReport:
-    with RecordSource(settings, settings.topics.readings_topic) as source, RecordSink(settings) as sink:
-        return Worker(settings, source, sink).run(threading.Event(), exit_at_end=True)
+    with running_worker(settings) as worker:
+        return worker.run(threading.Event(), exit_at_end=True)
 
 
 def forecasts(broker: RunningBroker, settings: Settings) -> dict[str, list[dict[str, Any]]]:
@@ -121,7 +121,7 @@ def _check_dead_letters(broker: RunningBroker, settings: Settings, sent: dict[st
         assert headers["__connect.errors.exception.message"]
 
 
-def test_a_restarted_worker_rebuilds_its_state_and_repeats_nothing(
+def test_a_restarted_worker_has_its_state_back_and_repeats_nothing(
     broker: RunningBroker, domain: str, tmp_path: Path
 ) -> None:
     settings = make_settings(broker, domain, tmp_path)
@@ -133,7 +133,8 @@ def test_a_restarted_worker_rebuilds_its_state_and_repeats_nothing(
 
     second = run_to_the_end(settings)
 
-    assert (first.rebuilt, second.rebuilt) == (0, cut)
+    assert (first.restored, second.restored) == (0, 6)
+    assert (first.rebuilt, second.rebuilt) == (0, 0)  # its last checkpoint stood where it stopped
     assert second.counts.records == len(stream) - cut
     undisturbed = make_settings(broker, domain + "b", tmp_path)
     produce_records(broker, undisturbed.topics.readings_topic, stream)
@@ -145,16 +146,16 @@ def test_the_end_is_reached_only_when_it_is_committed(broker: RunningBroker, dom
     settings = make_settings(broker, domain, tmp_path)
     stream = fleet(sensors=6, hours=10)
     produce_records(broker, settings.topics.readings_topic, stream)
-    with RecordSource(settings, settings.topics.readings_topic) as source, RecordSink(settings) as sink:
-        commit, refused = source.commit, [False] * 3
+    with running_worker(settings) as worker:
+        source, membership, unsure = worker.source, worker.source.membership, [None] * 3
 
-        def commit_at_last(offsets: Mapping[int, int]) -> bool:
+        def sure_at_last() -> Membership | None:
             # As the source does while the group rearranges itself.
-            return refused.pop() if refused else commit(offsets)
+            return unsure.pop() if unsure else membership()
 
-        source.commit = commit_at_last  # type: ignore[method-assign]
-        Worker(settings, source, sink).run(threading.Event(), exit_at_end=True)
-        assert refused == []
+        source.membership = sure_at_last  # type: ignore[method-assign]
+        worker.run(threading.Event(), exit_at_end=True)
+        assert unsure == []
         assert sum(source.committed(partition) or 0 for partition in source.partitions) == len(stream)
 
 
@@ -173,7 +174,7 @@ def test_a_committed_offset_outside_the_log_stops_the_worker_instead_of_losing_f
         admin.delete_records({TopicPartition(topic, 0): 10})
 
     with pytest.raises(
-        DeploymentError, match=rf"committed offset {committed}, the log holds \[10, 40\).*kafka.group_id"
+        DeploymentError, match=rf"committed offset {committed}, the log holds \[10, 40\).*millrace state reset --to"
     ):
         run_to_the_end(settings)
 
