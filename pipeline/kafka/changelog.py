@@ -60,6 +60,10 @@ class Restore:
             self._position = self._source.positions().get(self.partition, self._position)
         return self.done
 
+    def keys(self) -> list[bytes]:
+        """The keys that have a value."""
+        return list(self._blocks)
+
     def manifest(self) -> Manifest | None:
         """What the newest checkpoint says of itself; None where the topic holds none. Raises DeploymentError if it cannot be
         read."""

@@ -28,7 +28,7 @@ from kafka.errors import (
     RetriableError,
     UnknownMemberIdError,
 )
-from kafka.structs import MemberState
+from kafka.structs import ConsumerGroupMetadata
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.clients import (
@@ -48,6 +48,8 @@ log = logging.getLogger(__name__)
 
 PartitionsHook = Callable[[Sequence[int]], None]
 
+HEARTBEAT_MS = 2_000
+"""How often a member shows that it lives, and so how soon it hears of a rebalance."""
 FETCH_BYTES_PER_PARTITION = 2 * 2**20
 FETCH_BYTES = 32 * 2**20
 COLUMNS_PER_POLL = 1_000  # with the hook the client counts column sets, one a partition
@@ -66,6 +68,11 @@ class Membership:
     @property
     def instance_id(self) -> str:
         return self.metadata.group_instance_id or ""
+
+
+def memberless(topic: str, group_id: str) -> Membership:
+    """For a program that sets offsets of a group that has no members: nobody proves anything, so the caller sees to that."""
+    return Membership(topic, frozenset(), ConsumerGroupMetadata(group_id))
 
 
 class OffsetsUnstable(Exception):
@@ -109,8 +116,10 @@ class RecordSource:
             settings,
             group_id=self.group_id,
             group_instance_id=(settings.kafka.group_instance_id or None) if group else None,
-            session_timeout_ms=settings.kafka.session_timeout_ms,
-            heartbeat_interval_ms=min(3_000, settings.kafka.session_timeout_ms // 3),
+            session_timeout_ms=consumer_options.pop("session_timeout_ms", settings.kafka.session_timeout_ms),
+            heartbeat_interval_ms=consumer_options.pop(
+                "heartbeat_interval_ms", min(HEARTBEAT_MS, settings.kafka.session_timeout_ms // 3)
+            ),
             partition_assignment_strategy=(self._assignor,),
             isolation_level=isolation,
             max_partition_fetch_bytes=consumer_options.pop("max_partition_fetch_bytes", FETCH_BYTES_PER_PARTITION),
@@ -198,17 +207,18 @@ class RecordSource:
         return None if offset is None or offset < 0 else int(offset)
 
     def membership(self) -> Membership | None:
-        """Which partitions are ours beyond doubt, and the proof of it; None while the group rearranges itself, or while
-        `poll` has yet to tell what a rebalance did.
+        """Which partitions are ours beyond doubt, and the proof of it; None between two generations of the group, and
+        while `poll` has yet to tell what a rebalance did.
 
-        The client calls itself stable, in a new generation, before it has taken partitions away. A commit with that
-        generation would be let through although it speaks of partitions that are another's by now: so the generation
-        counts only once the assignment that came with it has been taken over.
+        The client names a new generation, and calls itself stable, before it has taken partitions away. A commit with that
+        generation would be let through although it speaks of partitions that are another's by now: so a generation counts
+        only once the assignment that came with it has been taken over. An older one does no harm, because the broker refuses
+        it; until the next generation begins it is good, so that a rebalance under way does not stop anybody.
         """
         generation = self._assignor.generation
         metadata = self._consumer.group_metadata()
-        stable = metadata.state == MemberState.STABLE and metadata.generation_id >= 0 and metadata.member_id
-        if not stable or metadata.generation_id != generation or self._rebalances.waiting():
+        joined = metadata.generation_id >= 0 and metadata.member_id and metadata.generation_id == generation
+        if not joined or self._rebalances.waiting():
             return None
         return Membership(self.topic, frozenset(self._held(self._owned)), metadata)
 

@@ -104,6 +104,17 @@ def check(settings: Settings) -> list[Finding]:
     return [finding for spec in specs for finding in _compare(spec, found, settings)]
 
 
+def group_members(settings: Settings, group_id: str) -> int:
+    """How many members a consumer group has now; 0 where it does not exist.
+
+    Raises:
+        DeploymentError: no broker answers, or it refuses.
+    """
+    with _admin(settings) as admin:
+        found = admin.describe_groups([group_id])
+        return sum(len(group["members"]) for group in found.values() if group.get("group_state") not in (None, "Dead"))
+
+
 @dataclass(frozen=True)
 class _Found:
     """A topic as the cluster has it."""

@@ -83,6 +83,8 @@ class TransactionFailed(Exception):
 class TransactionalSink:
     """Commits records together with the input offsets that they follow from. One thread; not to be shared.
 
+    Making one opens it: raises DeploymentError when no broker answers, or it refuses us.
+
     transactional_id: a worker that takes another's place uses the other's id, so that what that one left open is ended at once
     and not when it times out.
     """

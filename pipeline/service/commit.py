@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from pipeline.errors import DeploymentError
 from pipeline.kafka.changelog import checkpoint_records
 from pipeline.kafka.sink import RecordSink
 from pipeline.kafka.source import Membership, RecordSource
@@ -91,13 +90,7 @@ def open_transactions(settings: Settings) -> TransactionalSink:
     """A sink for this worker's transactions, ready to commit. Opened before the worker joins its group: what a worker of the
     same kafka.group_instance_id left open is ended by that. Raises DeploymentError when no broker answers or it refuses us."""
     name = settings.kafka.group_instance_id or uuid.uuid4().hex
-    sink = TransactionalSink(settings, f"{settings.kafka.group_id}-{name}")
-    try:
-        sink.settle()
-    except TransactionFailed as failure:
-        sink.close()
-        raise DeploymentError(str(failure)) from failure
-    return sink
+    return TransactionalSink(settings, f"{settings.kafka.group_id}-{name}")
 
 
 def make_committer(settings: Settings, transactions: TransactionalSink, source: RecordSource) -> Committer:

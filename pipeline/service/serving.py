@@ -116,7 +116,7 @@ def begin(
     )
     forecast_task = ForecastTask(task, model, start.emit_from)
     table = forecast_task.table
-    writer = CheckpointWriter(table, group, version, settings.readings.max_sensor_bytes, manifest)
+    writer = CheckpointWriter(table, group, version, settings.readings.max_sensor_bytes, restore.keys())
     if start.restore and manifest is not None and manifest.sensors:
         checkpoint = restore.checkpoint()
         assert checkpoint is not None

@@ -164,9 +164,10 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, table: SensorTable, group: str, model: str, max_sensor_bytes: int, written: Manifest | None = None
+        self, table: SensorTable, group: str, model: str, max_sensor_bytes: int, written: Iterable[bytes] = ()
     ) -> None:
-        """written: what the topic holds already. If `table` was restored from it, call `restored`."""
+        """written: the keys that the topic holds already; those that are no part of the next checkpoint are deleted with it.
+        If `table` was restored from them, call `restored`."""
         self._table = table
         self._group, self._model = group, model
         self._slots = block_slots(table.columns.values(), max_sensor_bytes)
@@ -174,7 +175,7 @@ class CheckpointWriter:
         self._partition_columns = tuple(_array_spec(name, value) for name, value in sorted(table.partition.items()))
         self._families = {family: [name for name in table.columns if family_of(name) == family] for family in FAMILIES}
         self._checksums: dict[str, list[int]] = {kind: [] for kind in (PARTITION.decode(), SENSORS, *FAMILIES)}
-        self._written_keys = set(written.block_keys()) if written else set()
+        self._written_keys = set(written) - {MANIFEST}
         self._named = 0  # sensors whose ids are written
 
     def restored(self, manifest: Manifest) -> None:
