@@ -11,3 +11,7 @@ class SettingsError(MillraceError):
 
 class DeploymentError(MillraceError):
     """Broker, topics, files or models are not what the settings say: the operator acts. Exit status 1."""
+
+
+class BrokerUnavailable(DeploymentError):
+    """No broker answered in time. A worker that is under way waits and tries again; whoever is about to start gives up."""

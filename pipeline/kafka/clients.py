@@ -10,9 +10,15 @@ from typing import Any, Protocol
 
 import kafka
 from kafka import KafkaConsumer, KafkaProducer
-from kafka.errors import AuthorizationError, KafkaConfigurationError, KafkaError, SaslAuthenticationFailedError
+from kafka.errors import (
+    AuthorizationError,
+    KafkaConfigurationError,
+    KafkaError,
+    RetriableError,
+    SaslAuthenticationFailedError,
+)
 
-from pipeline.errors import DeploymentError
+from pipeline.errors import BrokerUnavailable, DeploymentError
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +135,8 @@ def telling_deployment_errors(doing: str) -> Iterator[None]:
     except KafkaConfigurationError as error:
         raise DeploymentError(f"{doing}: {describe(error)}; check the [kafka] settings") from error
     except KafkaError as error:
-        raise DeploymentError(
+        kind = BrokerUnavailable if isinstance(error, RetriableError) else DeploymentError
+        raise kind(
             f"{doing}: {describe(error)}; check that the broker runs (millrace broker status) and"
             " kafka.bootstrap_servers"
         ) from error

@@ -145,7 +145,8 @@ class RecordSource:
     @property
     def partitions(self) -> list[int]:
         """All partitions of the topic, whoever reads them."""
-        return sorted(self._consumer.partitions_for_topic(self.topic) or ())
+        with telling_deployment_errors(f'asking for the partitions of topic "{self.topic}"'):
+            return sorted(self._consumer.partitions_for_topic(self.topic) or ())
 
     def poll(self, timeout_ms: int = 200) -> list[RecordColumns]:
         """What has arrived, at most one set of columns a partition; waits up to `timeout_ms` for the first.
@@ -163,9 +164,14 @@ class RecordSource:
 
     def positions(self) -> dict[int, int]:
         """The next offset that `poll` will give, of each assigned partition. Control records and gaps are passed
-        over, so that a partition read to its end stands at `end_offsets()`."""
+        over, so that a partition read to its end stands at `end_offsets()`. One that a rebalance is just taking away, or whose
+        position the client has yet to validate with a broker, is left out."""
         own = self._held(self._owned)
-        return {p: self._consumer.position(self._tp(p), timeout_ms=REQUEST_TIMEOUT_MS) for p in own}
+        if client_is_known():  # its public position() asks a broker now and then, and raises when there is none
+            known = self._consumer._subscription.all_consumed_offsets()
+            return {p: int(known[self._tp(p)].offset) for p in own if self._tp(p) in known}
+        found = {p: self._position(p) for p in own}
+        return {p: position for p, position in found.items() if position is not None}
 
     def seek(self, partition: int, offset: int) -> None:
         """The next poll starts there. Nothing happens where a rebalance is just taking the partition away."""
@@ -334,6 +340,12 @@ class RecordSource:
         _hold(self._consumer, again)
         self._rebalances.revoked(tp.partition for tp in again)
         self._rebalances.assigned(tp.partition for tp in again)
+
+    def _position(self, partition: int) -> int | None:
+        try:
+            return int(self._consumer.position(self._tp(partition), timeout_ms=REQUEST_TIMEOUT_MS))
+        except KafkaError:
+            return None
 
     def _start(self, partitions: Sequence[int]) -> None:
         for partition in self._held(partitions):

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from prometheus_client import CollectorRegistry
 
 from models.forecaster import Forecaster
-from pipeline.errors import DeploymentError
+from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.changelog import Restore
 from pipeline.kafka.source import OffsetsUnstable, RecordSource
 from pipeline.kafka.transactions import TransactionFailed
@@ -173,15 +173,23 @@ class Worker:
     def _restore_more(self) -> None:
         for partition in sorted(self._arrivals)[:RESTORE_AT_ONCE]:
             arrival = self._arrivals[partition]
-            if not arrival.decided and not self._ask_committed(partition, arrival):
-                continue
-            if arrival.restore is None:
-                arrival.restore = Restore(self.settings, partition)
-            done = arrival.restore.advance(POLL_WHILE_RESTORING_MS)
-            if self._on_restore:
-                self._on_restore(partition, *arrival.restore.progress)
-            if done:
-                self._serve(partition, arrival, arrival.restore)
+            try:
+                self._restore_one(partition, arrival)
+            except BrokerUnavailable as error:
+                if time.monotonic() - arrival.since > GIVE_UP_SECONDS:
+                    raise
+                log.warning("partition %d: restoring it is tried again: %s", partition, error)
+
+    def _restore_one(self, partition: int, arrival: _Arrival) -> None:
+        if not arrival.decided and not self._ask_committed(partition, arrival):
+            return
+        if arrival.restore is None:
+            arrival.restore = Restore(self.settings, partition)
+        done = arrival.restore.advance(POLL_WHILE_RESTORING_MS)
+        if self._on_restore:
+            self._on_restore(partition, *arrival.restore.progress)
+        if done:
+            self._serve(partition, arrival, arrival.restore)
 
     def _ask_committed(self, partition: int, arrival: _Arrival) -> bool:
         """The offset comes first and the checkpoint after: whoever had the partition can commit neither any more."""
@@ -372,8 +380,12 @@ class Worker:
         )
 
     def _lag(self) -> int:
+        """Records that are there and not taken in; -1 while no broker says."""
         positions = self.source.positions()
-        ends = self.source.end_offsets()
+        try:
+            ends = self.source.end_offsets()
+        except BrokerUnavailable:
+            return -1
         return sum(max(ends[p] - positions.get(p, 0), 0) for p in self._serving)
 
 

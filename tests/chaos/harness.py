@@ -1,0 +1,644 @@
+"""Workers that are killed, moved and cut off from their brokers while readings flow; afterwards the oracle judges.
+
+    model ─> brokers ─> topics ─> workers ─> load ─> first commits
+                                                       │
+                             storm: kills, rebalances, broker restarts and broker kills, in random order
+                                                       │
+    the rest of the readings ─> all of it committed ─> workers stop ─> oracle
+
+Kills come in pairs: one worker dies at a random moment and comes back with an appointment (`--die-at`), which it keeps a little later;
+then it comes back for good. Static members take their partitions back at once, dynamic ones leave theirs to the others until their
+session has timed out. Every wait is bounded, and whatever was started is stopped.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import numpy as np
+from kafka import KafkaConsumer, TopicPartition
+from kafka.errors import KafkaError
+
+from pipeline.kafka import topics
+from pipeline.kafka.broker import LocalBroker
+from pipeline.settings import Settings, load
+from tests.chaos.load import LONGEST_GAP, SEASON, START_MS, WINDOW_MS, Load
+from tests.chaos.oracle import Verdict, judge
+from tests.chaos.worker import DEATH, FAULTS, POINTS
+from tests.helpers.cluster import JVM_OPTIONS, LocalCluster
+
+ROOT: Final = Path(__file__).resolve().parents[2]
+PARTITIONS: Final = 6
+STATIC_WORKERS: Final = 2
+UNITS, HORIZON, WARMUP = 16, 6, 6
+FIRST_COMMIT_SECONDS: Final = 120.0
+APPOINTMENT_SECONDS: Final = 60.0
+"""How long a worker may take to come to the point where it is to die: start, assignment, some transactions."""
+BROKER_AWAY_SECONDS: Final = (1.0, 8.0)
+NODE_AWAY_SECONDS: Final = (4.0, 9.0)
+"""Beyond the six seconds of a broker's session, or within."""
+CALM_SECONDS: Final = (0.5, 8.0)
+"""Between two events: less than a worker takes to start, so that some meet it starting, and more, so that some meet it at work."""
+DRAIN_SECONDS: Final = 180.0
+STOP_SECONDS: Final = 40.0
+GROWN_UP_SECONDS: Final = 20.0
+"""Age at which a worker has long been started and has its partitions; a younger one may not even know SIGTERM yet."""
+STARTS_IN_VAIN_SECONDS: Final = 60.0
+MOST_FAILURES: Final = 3
+REPORT_EVERY_SECONDS: Final = 10.0
+LAST_LINES: Final = 25
+
+
+@dataclass(frozen=True, slots=True)
+class ChaosPlan:
+    """What is to be done, and how much of it."""
+
+    readings: int = 200_000
+    kills: int = 50
+    """Of workers; half of them aimed at a point of a transaction."""
+    rebalances: int = 10
+    """A dynamic worker stops or another one starts."""
+    broker_restarts: int = 2
+    """Of a single broker: in turn SIGTERM and SIGKILL."""
+    brokers: int = 1
+    broker_kills: int = 0
+    """SIGKILL of one of several brokers."""
+    workers: int = 3
+    sensors: int = 80
+    fault: str = ""
+    checkpoint_every: str = "1s"
+    seed: int = 0
+    deadline_seconds: float = 1800.0
+    out: Path | None = None
+    """Where brokers, logs and model are kept; None: a temporary folder, thrown away unless something was wrong."""
+    model: Path | None = None
+    """A model made before by `make_model`; None: one is trained first."""
+
+    @property
+    def storm_seconds(self) -> float:
+        """About how long the events take, so that the readings last as long."""
+        events = 10.0 * self.kills + 8.0 * self.rebalances + 14.0 * (self.broker_restarts + self.broker_kills)
+        return 15.0 + events
+
+
+@dataclass(slots=True)
+class ChaosReport:
+    """What was done, and what came of it."""
+
+    plan: ChaosPlan
+    kills: Counter[str] = field(default_factory=Counter)
+    """Point, or "anywhere", -> deaths."""
+    rebalances: int = 0
+    broker_restarts: int = 0
+    broker_kills: int = 0
+    starts_in_vain: int = 0
+    """Workers that ended because no broker answered when they started."""
+    failures: list[str] = field(default_factory=list)
+    """What went wrong by itself: a worker that ended, something that did not come in time."""
+    verdict: Verdict | None = None
+    seconds: float = 0.0
+    kept: Path | None = None
+
+    @property
+    def done(self) -> bool:
+        """All that was planned has happened."""
+        plan, verdict = self.plan, self.verdict
+        return (
+            verdict is not None
+            and verdict.readings >= plan.readings
+            and self.kills.total() >= plan.kills
+            and self.rebalances >= plan.rebalances
+            and self.broker_restarts >= plan.broker_restarts
+            and self.broker_kills >= plan.broker_kills
+        )
+
+    @property
+    def ok(self) -> bool:
+        return self.done and not self.failures and self.verdict is not None and self.verdict.ok
+
+    @property
+    def found(self) -> bool:
+        """Whether the planted fault shows, in the way in which it must."""
+        return self.verdict is not None and FAULTS[self.plan.fault].symptom in self.verdict.symptoms
+
+    def rows(self) -> Iterator[tuple[str, str]]:
+        plan, verdict = self.plan, self.verdict
+        yield "brokers, workers", f"{plan.brokers}, {plan.workers}" + (f", fault {plan.fault}" if plan.fault else "")
+        yield "kills of workers", f"{self.kills.total()} of {plan.kills}"
+        for point in ("anywhere", *POINTS):
+            if self.kills[point]:
+                yield f"  {point}", str(self.kills[point])
+        yield "rebalances", f"{self.rebalances} of {plan.rebalances}"
+        yield "broker restarts, kills", f"{self.broker_restarts}, {self.broker_kills}"
+        yield "starts while no broker answered", str(self.starts_in_vain)
+        if verdict is not None:
+            forecasts, letters, state = verdict.forecasts, verdict.letters, verdict.state
+            yield "readings", f"{verdict.readings:,} of {plan.readings:,}"
+            yield "forecasts", f"{forecasts.seen:,} of {forecasts.expected:,}"
+            yield "dead letters", f"{letters.seen:,} of {letters.expected:,}"
+            yield "sensors in checkpoints", f"{state.sensors} in {state.partitions} partitions"
+            yield "lost", str(verdict.lost)
+            yield "repeated", str(verdict.repeated)
+            yield "largest difference, forecasts", f"{forecasts.largest_difference:.1e}"
+            yield "largest difference, hidden state", f"{state.largest_hidden_difference:.1e}"
+            yield "largest difference, all state", f"{state.largest_difference:.1e}"
+            yield "provisional forecasts, not compared", str(verdict.provisional)
+        yield "seconds", f"{self.seconds:.0f}"
+
+    def __str__(self) -> str:
+        lines = [f"  {name:<36} {value}" for name, value in self.rows()]
+        lines += [f"  failure: {failure}" for failure in self.failures]
+        if self.verdict is not None:
+            lines += [f"  {detail}" for detail in self.verdict.details]
+            lines.append(str(self.verdict))
+        if self.kept is not None:
+            lines.append(f"logs and broker: {self.kept}")
+        return "\n".join(lines)
+
+
+def run(plan: ChaosPlan, say: Callable[[str], None] = lambda line: None) -> ChaosReport:
+    """Carries out the plan. Never raises for what goes wrong under way: the report has it."""
+    started = time.monotonic()
+    report = ChaosReport(plan)
+    folder = plan.out or Path(tempfile.mkdtemp(prefix="millrace-chaos-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with ExitStack() as stack:
+            _Chaos(plan, report, folder, say, stack).carry_out()
+    except Exception as error:
+        report.failures.append(f"{type(error).__name__}: {error}")
+    report.seconds = time.monotonic() - started
+    if plan.out is not None or not (report.found if plan.fault else report.ok):
+        report.kept = folder
+    else:
+        _remove(folder)
+    return report
+
+
+def make_model(folder: Path, seed: int = 0) -> Path:
+    """A small GRU for the load's series; how good it is does not matter, that its hidden state matters does."""
+    from models.sequences import Sequences
+    from pipeline.service.assembly import task_settings
+    from pipeline.service.trainer import fit
+
+    settings = load(None, {}, _shape(folder))
+    steps, sensors = 20 * SEASON, 8
+    sensor = np.repeat(np.arange(sensors, dtype=np.int32), steps)
+    end_ms = np.tile(START_MS - WINDOW_MS * np.arange(steps)[::-1], sensors)
+    wave = 20 + 4 * np.sin(2 * np.pi * np.arange(steps) / SEASON)
+    values = np.tile(wave, sensors)[:, None] + np.random.default_rng(seed).normal(0, 0.5, (sensors * steps, 1))
+    fit(
+        settings,
+        task_settings(settings).spec,
+        Sequences(sensor, end_ms, values, np.zeros(len(sensor), np.bool_)),
+        folder,
+    )
+    return folder
+
+
+class Brokers(Protocol):
+    """One broker or several."""
+
+    @property
+    def bootstrap_servers(self) -> str: ...
+    def start(self) -> Any: ...
+    def stop(self) -> Any: ...
+
+
+class WorkerProcess:
+    """One worker, with whatever is to happen to it. Its output is appended to `log`."""
+
+    def __init__(self, config: Path, log: Path, death: str = "", fault: str = "") -> None:
+        self.log = log
+        self._born = time.monotonic()
+        self.appointment = death.partition(":")[0]
+        """The point at which it is to die; empty: none."""
+        command = [sys.executable, "-m", "tests.chaos.worker"]
+        command += ["--die-at", death] if death else []
+        command += ["--fault", fault] if fault else []
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
+        environment |= {"PYTHONPATH": str(ROOT), "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+        with log.open("ab") as output:
+            output.write(f"\n== {time.strftime('%H:%M:%S')} starts {death}\n".encode())
+            output.flush()
+            self._begin = output.tell()
+            self._process = subprocess.Popen(
+                [*command, "--", "run", "--config", str(config), "-v"],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=ROOT,
+                start_new_session=True,
+            )
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._process.poll()
+
+    @property
+    def age_seconds(self) -> float:
+        return time.monotonic() - self._born
+
+    @property
+    def kept_its_appointment(self) -> bool:
+        return bool(self.appointment) and self.status == -signal.SIGKILL and DEATH + self.appointment in self.said()
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.kill()
+        self._process.wait()
+
+    def ask_to_stop(self) -> None:
+        with suppress(ProcessLookupError):
+            self._process.terminate()
+
+    def wait(self, timeout_seconds: float) -> int | None:
+        """Its exit status; None if it still runs after that time."""
+        try:
+            return self._process.wait(max(0.0, timeout_seconds))
+        except subprocess.TimeoutExpired:
+            return None
+
+    def said(self) -> str:
+        with self.log.open("rb") as log:
+            log.seek(self._begin)
+            return log.read().decode(errors="replace")
+
+    def last_lines(self) -> str:
+        return "\n    ".join(self.said().splitlines()[-LAST_LINES:]) or "(nothing)"
+
+
+class _Chaos:
+    """One run. `stack` ends whatever it starts."""
+
+    def __init__(
+        self, plan: ChaosPlan, report: ChaosReport, folder: Path, say: Callable[[str], None], stack: ExitStack
+    ) -> None:
+        self.plan, self.report, self.folder = plan, report, folder
+        self._say, self._stack = say, stack
+        self._random = random.Random(plan.seed)
+        self._started = time.monotonic()
+        self._reported = self._started
+        self._workers: dict[str, WorkerProcess] = {}
+        self._born = 0
+        self._load: Load | None = None
+        self._broker_back_at: float | None = float("-inf")
+        """When the last broker that was away came back; None: one is away."""
+
+    def carry_out(self) -> None:
+        model = self.plan.model or make_model(self.folder / "model")
+        self._brokers = self._start_brokers()
+        self.settings = self._write_settings("oracle", model)
+        topics.create(self.settings)
+        self._group = self._stack.enter_context(_Group(self.settings))
+        self._stack.callback(self._kill_all)
+        for number in range(self.plan.workers):
+            self._add_worker(static=number < STATIC_WORKERS)
+        self._start_load()
+        self._until(self._group.has_committed_everywhere, FIRST_COMMIT_SECONDS, "a first commit of every partition")
+        self._tell("the workers answer")
+        self._storm()
+        self._send_the_rest()
+        self._until(lambda: self._group.lag() == 0, DRAIN_SECONDS, "the group's offsets at the ends of the log")
+        # A partition may be committed to its end, and its newest owner still be restoring it.
+        self._until(self._all_grown_up, GROWN_UP_SECONDS + STOP_SECONDS, "workers that go on running")
+        self._stop_workers()
+        self._tell("the workers have stopped; the oracle reads")
+        from pipeline.service.assembly import load_model
+
+        self.report.verdict = judge(self.settings, load_model(self.settings))
+
+    # -- what it needs
+
+    def _start_brokers(self) -> Brokers:
+        brokers: Brokers
+        if self.plan.brokers == 1:
+            # What makes a transaction of a dead worker end ten seconds later, not twenty.
+            often = {"transaction.abort.timed.out.transaction.cleanup.interval.ms": "1000"}
+            brokers = LocalBroker(self.folder / "broker", port=0, properties=often, jvm_options=JVM_OPTIONS)
+        else:
+            brokers = LocalCluster(self.folder / "brokers", self.plan.brokers)
+        self._stack.callback(brokers.stop)
+        brokers.start()
+        self._tell(f"{self.plan.brokers} broker(s) at {brokers.bootstrap_servers}")
+        return brokers
+
+    def _write_settings(self, name: str, model: Path, instance: str = "") -> Settings:
+        overrides = _shape(model) | {
+            "kafka.bootstrap_servers": self._brokers.bootstrap_servers,
+            "kafka.session_timeout": "6s",
+            "kafka.transaction_timeout": "10s",
+            "kafka.group_instance_id": instance,
+            "topics.domain": "chaos",
+            "topics.partitions": PARTITIONS,
+            "topics.replication_factor": self.plan.brokers,
+            "state.checkpoint_every": self.plan.checkpoint_every,
+        }
+        path = self._config(name)
+        path.write_text(_toml(overrides), encoding="utf-8")
+        return load(path, {})
+
+    def _config(self, name: str) -> Path:
+        return self.folder / f"{name}.toml"
+
+    def _start_load(self) -> None:
+        per_second = self.plan.readings / self.plan.storm_seconds
+        self._load = Load(self.settings, self.plan.sensors, self.plan.seed, per_second)
+        self._stack.callback(self._load.stop)
+        self._load.start()
+
+    # -- workers
+
+    def _add_worker(self, static: bool = False) -> None:
+        self._born += 1
+        name = f"{'static' if static else 'dynamic'}-{self._born}"
+        self._write_settings(name, Path(self.settings.model.path), instance=name if static else "")
+        self._start_worker(name)
+
+    def _start_worker(self, name: str, death: str = "") -> None:
+        log = self.folder / f"{name}.log"
+        self._workers[name] = WorkerProcess(self._config(name), log, death, self.plan.fault)
+
+    def _look_after_workers(self) -> None:
+        """Starts again who died as appointed, and who died of itself: the latter is a failure."""
+        for name, worker in list(self._workers.items()):
+            if worker.status is None:
+                continue
+            if worker.kept_its_appointment:
+                self.report.kills[worker.appointment] += 1
+            elif worker.status == 1 and self._born_without_a_broker(worker):
+                self.report.starts_in_vain += 1
+            else:
+                self.report.failures.append(
+                    f"{name} ended by itself with status {worker.status}; its last lines:\n    {worker.last_lines()}"
+                )
+                if len(self.report.failures) > MOST_FAILURES:
+                    raise RuntimeError("too many workers ended by themselves")
+            self._start_worker(name)
+
+    def _born_without_a_broker(self, worker: WorkerProcess) -> bool:
+        """It was started while brokers were away, and said so and ended: whoever looks after it starts it again."""
+        away = self._broker_back_at is None or time.monotonic() - worker.age_seconds < self._broker_back_at
+        return away and "Error: " in worker.said() and worker.age_seconds < STARTS_IN_VAIN_SECONDS
+
+    def _stop_workers(self) -> None:
+        """All at once, politely: each makes its last checkpoint."""
+        for worker in self._workers.values():
+            worker.ask_to_stop()
+        deadline = time.monotonic() + STOP_SECONDS
+        for name, worker in self._workers.items():
+            self._require_good_end(name, worker, deadline)
+        self._workers.clear()
+
+    def _require_good_end(self, name: str, worker: WorkerProcess, deadline: float) -> None:
+        status = worker.wait(deadline - time.monotonic())
+        unborn = status == -signal.SIGTERM and worker.age_seconds < GROWN_UP_SECONDS
+        if status != 0 and not unborn:
+            end = f"did not stop within {STOP_SECONDS:.0f} s" if status is None else f"stopped with status {status}"
+            self.report.failures.append(f"{name} {end}; its last lines:\n    {worker.last_lines()}")
+        worker.kill()
+
+    def _all_grown_up(self) -> bool:
+        return all(worker.age_seconds > GROWN_UP_SECONDS for worker in self._workers.values())
+
+    def _kill_all(self) -> None:
+        for worker in self._workers.values():
+            worker.kill()
+
+    # -- the storm
+
+    def _storm(self) -> None:
+        for event in self._schedule():
+            self._calm(self._random.uniform(*CALM_SECONDS))
+            event()
+        self._calm(CALM_SECONDS[1])
+
+    def _schedule(self) -> list[Callable[[], None]]:
+        plan = self.plan
+        events: list[Callable[[], None]] = [self._kill_twice] * (plan.kills // 2) + [self._kill_once] * (plan.kills % 2)
+        events += [self._rebalance] * plan.rebalances + [self._restart_broker] * plan.broker_restarts
+        events += [self._kill_broker] * plan.broker_kills
+        self._random.shuffle(events)
+        return events
+
+    def _kill_once(self, death: str = "") -> str:
+        """SIGKILL at a random moment; the worker is started again at once. Returns its name."""
+        self._calm(self._random.random())
+        name = self._random.choice(sorted(self._workers))
+        self._workers[name].kill()
+        self.report.kills["anywhere"] += 1
+        self._start_worker(name, death)
+        return name
+
+    def _kill_twice(self) -> None:
+        """At a random moment, and once more where the worker is told to die."""
+        name = self._kill_once(self._appointment())
+        second = self._workers[name]
+        deadline = time.monotonic() + APPOINTMENT_SECONDS
+        while self._workers.get(name) is second and time.monotonic() < deadline:
+            self._calm(0.2)
+        if self._workers.get(name) is second:  # it never came to that point
+            second.kill()
+            self.report.kills["anywhere"] += 1
+            self._start_worker(name)
+
+    def _appointment(self) -> str:
+        points = FAULTS[self.plan.fault].points if self.plan.fault else POINTS
+        # In turn, so that a few dozen kills visit every point several times.
+        point = points[self.report.kills.total() // 2 % len(points)]
+        return f"{point}:{self._random.randint(1, 4 if point == 'mid-checkpoint' else 20)}"
+
+    def _rebalance(self) -> None:
+        """Two dynamic workers become one, or one two."""
+        dynamic = sorted(name for name in self._workers if name.startswith("dynamic"))
+        if len(dynamic) > max(1, self.plan.workers - STATIC_WORKERS):
+            name = self._random.choice(dynamic)
+            worker = self._workers.pop(name)
+            worker.ask_to_stop()
+            self._require_good_end(name, worker, time.monotonic() + STOP_SECONDS)
+        else:
+            self._add_worker()
+        self.report.rebalances += 1
+
+    def _restart_broker(self) -> None:
+        broker = self._brokers
+        assert isinstance(broker, LocalBroker)
+        self._broker_back_at = None
+        if self.report.broker_restarts % 2:
+            _kill(broker)
+        else:
+            broker.stop()
+        self._calm(self._random.uniform(*BROKER_AWAY_SECONDS))
+        broker.start()
+        self._broker_back_at = time.monotonic()
+        self.report.broker_restarts += 1
+
+    def _kill_broker(self) -> None:
+        cluster = self._brokers
+        assert isinstance(cluster, LocalCluster)
+        node = self._random.choice(cluster.nodes)
+        self._broker_back_at = None
+        cluster.kill(node)
+        self._calm(self._random.uniform(*NODE_AWAY_SECONDS))
+        cluster.restart(node)
+        self._broker_back_at = time.monotonic()
+        self.report.broker_kills += 1
+
+    # -- afterwards
+
+    def _send_the_rest(self) -> None:
+        assert self._load is not None
+        self._load.hurry()
+        load_, plan = self._load, self.plan
+        seconds = 60.0 + plan.readings / 1000
+        self._until(lambda: load_.sent >= plan.readings, seconds, f"{plan.readings:,} readings sent")
+        load_.stop()
+        if load_.failure is not None:
+            raise load_.failure
+
+    # -- time
+
+    def _calm(self, seconds: float) -> None:
+        """Lets time pass, and sees to it that everybody lives."""
+        until = time.monotonic() + seconds
+        while True:
+            self._watch()
+            if time.monotonic() >= until:
+                return
+            time.sleep(min(0.1, max(0.0, until - time.monotonic())))
+
+    def _until(self, true: Callable[[], bool], seconds: float, what: str) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            if time.monotonic() > deadline:
+                lines = [f"{name}:\n    {worker.last_lines()}" for name, worker in self._workers.items()]
+                raise TimeoutError(f"not within {seconds:.0f} s: {what} (lag {self._group.lag()})\n" + "\n".join(lines))
+            self._calm(0.3)
+
+    def _watch(self) -> None:
+        self._look_after_workers()
+        if self._load is not None and self._load.failure is not None:
+            raise self._load.failure
+        now = time.monotonic()
+        if now - self._started > self.plan.deadline_seconds:
+            raise TimeoutError(f"the whole did not end within {self.plan.deadline_seconds:.0f} s")
+        if now - self._reported >= REPORT_EVERY_SECONDS:
+            self._reported = now
+            self._tell(self._progress())
+
+    def _progress(self) -> str:
+        plan, report = self.plan, self.report
+        sent = self._load.sent if self._load else 0
+        lag = self._group.lag()
+        brokers = f"broker kills {report.broker_kills}/{plan.broker_kills}  " if plan.broker_kills else ""
+        brokers += f"restarts {report.broker_restarts}/{plan.broker_restarts}  " if plan.broker_restarts else ""
+        return (
+            f"kills {report.kills.total()}/{plan.kills}  rebalances {report.rebalances}/{plan.rebalances}  {brokers}"
+            f"readings {sent:,}/{plan.readings:,}  lag {'unknown' if lag is None else f'{lag:,}'}  workers {len(self._workers)}"
+        )
+
+    def _tell(self, what: str) -> None:
+        self._say(f"[{time.monotonic() - self._started:5.0f} s] {what}")
+
+
+class _Group:
+    """How far the workers' group has come, asked from outside of it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._partitions = [
+            TopicPartition(settings.topics.readings_topic, partition) for partition in range(settings.topics.partitions)
+        ]
+        self._consumer = KafkaConsumer(
+            bootstrap_servers=settings.kafka.bootstrap_servers.split(","),
+            group_id=settings.kafka.group_id,
+            enable_auto_commit=False,
+            request_timeout_ms=3_000,
+            reconnect_backoff_max_ms=1_000,
+        )
+
+    def has_committed_everywhere(self) -> bool:
+        committed = self._committed()
+        return committed is not None and all(committed)
+
+    def lag(self) -> int | None:
+        """Records not yet committed; None while no broker says."""
+        committed = self._committed()
+        try:
+            ends = self._consumer.end_offsets(self._partitions, timeout_ms=3_000)
+        except KafkaError:
+            return None
+        return None if committed is None else sum(ends[tp] - at for tp, at in zip(self._partitions, committed))
+
+    def _committed(self) -> list[int] | None:
+        try:
+            return [self._consumer.committed(tp, timeout_ms=3_000) or 0 for tp in self._partitions]
+        except KafkaError:
+            return None
+
+    def __enter__(self) -> _Group:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with suppress(KafkaError):
+            self._consumer.close(autocommit=False, timeout_ms=2_000)
+
+
+def _shape(model: Path) -> dict[str, Any]:
+    """The settings that model, workers and oracle share."""
+    return {
+        "readings.fields": ["value"],
+        "windows.size": "1m",
+        "windows.grace": "20s",
+        "windows.max_gap": LONGEST_GAP,
+        "forecast.horizon": HORIZON,
+        "forecast.season": [f"{SEASON}m"],
+        "forecast.warmup": WARMUP,
+        "model.units": UNITS,
+        "model.path": str(model),
+        "training.epochs": 2,
+        "training.lanes": 8,
+        "training.chunk": 48,
+    }
+
+
+def _toml(values: dict[str, Any]) -> str:
+    """{"kafka.group_id": "g"} as a file."""
+    sections: dict[str, list[str]] = {}
+    for key, value in values.items():
+        section, _, name = key.partition(".")
+        sections.setdefault(section, []).append(f"{name} = {_toml_value(value)}")
+    return "\n".join("\n".join([f"[{section}]", *lines]) for section, lines in sections.items()) + "\n"
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(map(_toml_value, value)) + "]"
+    return f'"{value}"' if isinstance(value, str) else str(value)
+
+
+def _kill(broker: LocalBroker) -> None:
+    pid = broker.status().pid
+    if pid is not None:
+        os.kill(pid, signal.SIGKILL)
+    if broker._process is not None:
+        broker._process.wait(timeout=10.0)
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+
+    shutil.rmtree(folder, ignore_errors=True)
