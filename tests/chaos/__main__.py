@@ -1,7 +1,7 @@
 """The chaos programme: `python -m tests.chaos`. Exit status 0 only if everything held.
 
 Without arguments, in turn:
-  one broker       50 kills, 10 rebalances, 2 broker restarts, 200,000 readings
+  one broker       50 kills, 10 rebalances, 3 zombies, 2 broker restarts, 200,000 readings
   three brokers    10 broker kills, 10 kills
   planted faults   each of them must be found
 
@@ -21,8 +21,12 @@ from tests.chaos.harness import ChaosPlan, ChaosReport, make_model, run
 from tests.chaos.worker import FAULTS
 
 ONE_BROKER = ChaosPlan()
-THREE_BROKERS = ChaosPlan(readings=40_000, kills=10, rebalances=2, broker_restarts=0, brokers=3, broker_kills=10)
-PLANTED = ChaosPlan(readings=6_000, kills=4, rebalances=0, broker_restarts=0, sensors=60, deadline_seconds=300.0)
+THREE_BROKERS = ChaosPlan(
+    readings=40_000, kills=10, rebalances=2, pauses=0, broker_restarts=0, brokers=3, broker_kills=10
+)
+PLANTED = ChaosPlan(
+    readings=6_000, kills=4, rebalances=0, pauses=0, broker_restarts=0, sensors=60, deadline_seconds=300.0
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--readings", type=number)
     parser.add_argument("--kills", type=number, help="of workers, half of them aimed")
     parser.add_argument("--rebalances", type=number)
+    parser.add_argument("--pauses", type=number, help="SIGSTOP of a worker for longer than its session")
     parser.add_argument("--broker-restarts", type=number, help="of a single broker")
     parser.add_argument("--brokers", type=number, choices=(1, 3))
     parser.add_argument("--broker-kills", type=number, help="with --brokers 3")

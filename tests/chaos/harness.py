@@ -47,6 +47,8 @@ FIRST_COMMIT_SECONDS: Final = 120.0
 APPOINTMENT_SECONDS: Final = 60.0
 """How long a worker may take to come to the point where it is to die: start, assignment, some transactions."""
 BROKER_AWAY_SECONDS: Final = (1.0, 8.0)
+SESSION: Final = "6s"
+PAUSE_SECONDS: Final = (7.0, 11.0)
 NODE_AWAY_SECONDS: Final = (4.0, 9.0)
 """Beyond the six seconds of a broker's session, or within."""
 CALM_SECONDS: Final = (0.5, 8.0)
@@ -70,6 +72,8 @@ class ChaosPlan:
     """Of workers; half of them aimed at a point of a transaction."""
     rebalances: int = 10
     """A dynamic worker stops or another one starts."""
+    pauses: int = 3
+    """A worker is stopped (SIGSTOP) for longer than its session lasts, and goes on as if nothing had happened: a zombie."""
     broker_restarts: int = 2
     """Of a single broker: in turn SIGTERM and SIGKILL."""
     brokers: int = 1
@@ -90,6 +94,7 @@ class ChaosPlan:
     def storm_seconds(self) -> float:
         """About how long the events take, so that the readings last as long."""
         events = 10.0 * self.kills + 8.0 * self.rebalances + 14.0 * (self.broker_restarts + self.broker_kills)
+        events += 14.0 * self.pauses
         return 15.0 + events
 
 
@@ -101,6 +106,7 @@ class ChaosReport:
     kills: Counter[str] = field(default_factory=Counter)
     """Point, or "anywhere", -> deaths."""
     rebalances: int = 0
+    pauses: int = 0
     broker_restarts: int = 0
     broker_kills: int = 0
     starts_in_vain: int = 0
@@ -120,6 +126,7 @@ class ChaosReport:
             and verdict.readings >= plan.readings
             and self.kills.total() >= plan.kills
             and self.rebalances >= plan.rebalances
+            and self.pauses >= plan.pauses
             and self.broker_restarts >= plan.broker_restarts
             and self.broker_kills >= plan.broker_kills
         )
@@ -141,6 +148,7 @@ class ChaosReport:
             if self.kills[point]:
                 yield f"  {point}", str(self.kills[point])
         yield "rebalances", f"{self.rebalances} of {plan.rebalances}"
+        yield "workers stopped beyond their session", f"{self.pauses} of {plan.pauses}"
         yield "broker restarts, kills", f"{self.broker_restarts}, {self.broker_kills}"
         yield "starts while no broker answered", str(self.starts_in_vain)
         if verdict is not None:
@@ -257,6 +265,12 @@ class WorkerProcess:
     def kept_its_appointment(self) -> bool:
         return bool(self.appointment) and self.status == -signal.SIGKILL and DEATH + self.appointment in self.said()
 
+    def pause(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._process.send_signal(signal.SIGCONT)
+
     def kill(self) -> None:
         with suppress(ProcessLookupError):
             self._process.kill()
@@ -340,7 +354,7 @@ class _Chaos:
     def _write_settings(self, name: str, model: Path, instance: str = "") -> Settings:
         overrides = _shape(model) | {
             "kafka.bootstrap_servers": self._brokers.bootstrap_servers,
-            "kafka.session_timeout": "6s",
+            "kafka.session_timeout": SESSION,
             "kafka.transaction_timeout": "10s",
             "kafka.group_instance_id": instance,
             "topics.domain": "chaos",
@@ -415,6 +429,9 @@ class _Chaos:
     def _all_grown_up(self) -> bool:
         return all(worker.age_seconds > GROWN_UP_SECONDS for worker in self._workers.values())
 
+    def _some_grown_up(self) -> bool:
+        return any(worker.age_seconds > GROWN_UP_SECONDS for worker in self._workers.values())
+
     def _kill_all(self) -> None:
         for worker in self._workers.values():
             worker.kill()
@@ -431,7 +448,7 @@ class _Chaos:
         plan = self.plan
         events: list[Callable[[], None]] = [self._kill_twice] * (plan.kills // 2) + [self._kill_once] * (plan.kills % 2)
         events += [self._rebalance] * plan.rebalances + [self._restart_broker] * plan.broker_restarts
-        events += [self._kill_broker] * plan.broker_kills
+        events += [self._kill_broker] * plan.broker_kills + [self._pause] * plan.pauses
         self._random.shuffle(events)
         return events
 
@@ -473,6 +490,20 @@ class _Chaos:
         else:
             self._add_worker()
         self.report.rebalances += 1
+
+    def _pause(self) -> None:
+        """One that works is stopped until the others have its partitions, and then wakes up in mid-sentence."""
+        old = [name for name, worker in self._workers.items() if worker.age_seconds > GROWN_UP_SECONDS]
+        if not old:
+            self._until(self._some_grown_up, GROWN_UP_SECONDS + 10.0, "a worker that is at work")
+            old = [name for name, worker in self._workers.items() if worker.age_seconds > GROWN_UP_SECONDS]
+        worker = self._workers[self._random.choice(sorted(old))]
+        worker.pause()
+        try:
+            self._calm(self._random.uniform(*PAUSE_SECONDS))
+        finally:
+            worker.go_on()
+        self.report.pauses += 1
 
     def _restart_broker(self) -> None:
         broker = self._brokers

@@ -315,7 +315,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 SHORT = harness.ChaosPlan(
-    readings=15_000, kills=6, rebalances=2, broker_restarts=0, sensors=60, seed=1, deadline_seconds=200.0
+    readings=15_000, kills=6, rebalances=2, pauses=0, broker_restarts=0, sensors=60, seed=1, deadline_seconds=200.0
 )
 
 
