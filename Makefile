@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install demo test check lint types doctests fast slow bench clean
+.PHONY: install demo test check lint types doctests fast slow chaos bench clean
 
 install: .venv/.installed  ## virtual environment with the millrace command; does nothing the second time
 
@@ -34,8 +34,12 @@ fast: install  ## no broker
 slow: install  ## on a real broker
 	$(BIN)/python -m pytest -q -m broker
 
+chaos: install  ## kills, rebalances, broker deaths; then the oracle. Half an hour
+	$(BIN)/python -m tests.chaos
+
 bench: install  ## figures, as ratios to a reference in the same run
 	$(BIN)/python -m benchmarks.throughput
+	$(BIN)/python -m benchmarks.recovery
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist

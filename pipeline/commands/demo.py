@@ -107,8 +107,7 @@ def _show(context: CommandContext, report: DemoReport) -> None:
         context.note(report.summary)
     if report.complete:
         context.note(
-            f"{report.repeats:,} messages were sent twice (those between the last send and the commit before kill -9);"
-            f" {report.out_of_sequence} forecasts out of sequence."
+            f"{report.repeats:,} messages committed twice, {report.out_of_sequence} forecasts out of sequence."
         )
     for file in report.files:
         context.note(f"  {file}")

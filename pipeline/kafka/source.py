@@ -337,8 +337,8 @@ class RecordSource:
         went on without it for a generation, in which they may have been another's: they begin anew."""
         log.warning("the group went on without this worker: partitions that it still has begin anew")
         again = list(kept)
+        self._rebalances.revoked(tp.partition for tp in again)  # first: from here on nothing is committed for them
         _hold(self._consumer, again)
-        self._rebalances.revoked(tp.partition for tp in again)
         self._rebalances.assigned(tp.partition for tp in again)
 
     def _position(self, partition: int) -> int | None:

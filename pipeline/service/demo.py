@@ -88,7 +88,7 @@ class DemoReport:
     counts: list[dict[str, Any]] = field(default_factory=list)
     """`what`, `expected`, `seen`"""
     repeats: int = 0
-    """Forecasts and dead letters that were sent twice: those between the last send and the commit before kill -9."""
+    """Forecasts and dead letters that were committed twice."""
     statuses: list[dict[str, Any]] = field(default_factory=list)
     scores: list[dict[str, Any]] = field(default_factory=list)
     memory: list[dict[str, Any]] = field(default_factory=list)
@@ -111,6 +111,8 @@ class DemoReport:
             for row in self.counts
             if row["expected"] != row["seen"]
         ]
+        if self.repeats:
+            wrong.append(f"{self.repeats} messages were committed twice")
         if self.out_of_sequence:
             wrong.append(f"{self.out_of_sequence} forecasts whose state_steps does not follow from the one before")
         return wrong
@@ -320,7 +322,7 @@ class Demo:
             return text
         before = self._before.get(0, 0)
         return f"{text}; killed -9 at state_steps {before:,}, " + (
-            f"went on at {after:,}" if after else "started again: it reads the log to remember"
+            f"went on at {after:,}" if after else "started again: its state comes back from the changelog"
         )
 
     def _first_after(self, sensor: int) -> int | None:

@@ -22,6 +22,9 @@ from pipeline.stream.columns import OutgoingRecords, RecordColumns
 from pipeline.stream.serdes import encode_dead_letters, encode_forecasts
 from pipeline.stream.task import ForecastTask, TaskOutput, TaskSettings
 
+NOWHERE = -1
+"""No offset at all."""
+
 
 @dataclass(slots=True)
 class Serving:
@@ -36,7 +39,7 @@ class Serving:
     heard_ms: int
     """When a record came last, on the worker's clock."""
     _made: list[OutgoingRecords] = field(default_factory=list)
-    _spoken_at: int = -1
+    _spoken_at: int = NOWHERE
     """next_offset for which provisional forecasts were made."""
 
     @property
@@ -82,6 +85,8 @@ class Serving:
     def work(self, position: int, now_ms: int, at_end: bool) -> PartitionWork | None:
         """What is to be committed now; None: nothing. position: the next offset that the source will give (past control
         records). at_end: a checkpoint is due whatever the policy says."""
+        if position < self.next_offset:
+            return None  # a rebalance has just set the source elsewhere; the next poll takes the partition away
         checkpoint = self.policy.should_checkpoint(now_ms, position) or (at_end and position != self.policy.stands_at)
         offset = max(position, self.emit_from)
         if not (self._made or checkpoint or offset > (self.committed or 0)):
@@ -126,7 +131,9 @@ def begin(
             raise unusable(error, restore.topic, restore.partition) from error
         table.restore(checkpoint.snapshot)
         writer.restored(manifest)
-    stands_at = manifest.offset if start.restore and manifest is not None else None
+    # Without any checkpoint the first is due at once, so that no restart finds nothing; before a rebuilt state takes the place of
+    # an older one, that one stays for a while.
+    stands_at = None if manifest is None else manifest.offset if start.restore else NOWHERE
     phase = restore.partition * 0.618 % 1
     policy = CheckpointPolicy(settings.state.checkpoint_every_ms, now_ms, phase, stands_at)
     serving = Serving(restore.partition, forecast_task, writer, policy, committed, start.offset, now_ms)

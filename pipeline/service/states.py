@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 
 from pipeline.errors import DeploymentError
@@ -21,7 +22,7 @@ from pipeline.kafka.topics import group_members
 from pipeline.kafka.transactions import TransactionalSink, TransactionFailed
 from pipeline.service.assembly import task_settings
 from pipeline.settings import Settings
-from pipeline.stream.checkpoint import Checkpoint, CheckpointWriter, Manifest, require_columns
+from pipeline.stream.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, Manifest, require_columns
 from pipeline.stream.task import ForecastTask
 
 SHOWN_VALUES = 8
@@ -186,16 +187,10 @@ def _shape_difference(settings: Settings, checkpoint: Checkpoint) -> str:
     table = ForecastTask(task_settings(settings)).table
     own = tuple(spec for spec in checkpoint.manifest.columns if spec.name in table.columns or spec.name[:4] != "rnn.")
     try:
-        require_columns(_with_columns(checkpoint.manifest, own), table)
-    except Exception as error:
+        require_columns(msgspec.structs.replace(checkpoint.manifest, columns=own), table)
+    except CheckpointError as error:
         return f"{error}; set the settings back, or millrace state reset"
     return ""
-
-
-def _with_columns(manifest: Manifest, columns: tuple[Any, ...]) -> Manifest:
-    import msgspec
-
-    return msgspec.structs.replace(manifest, columns=columns)
 
 
 def _reset_partition(

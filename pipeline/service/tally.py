@@ -53,7 +53,7 @@ class Score:
 
 @dataclass(slots=True)
 class Tally:
-    """Counts what is read from the forecasts and dead letter topics. Both are written at least once: what comes again is told apart."""
+    """Counts what is read of the forecasts and dead letter topics. What comes a second time is told apart: nothing should."""
 
     spec: SeriesSpec
     target: str

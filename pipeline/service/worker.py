@@ -291,7 +291,8 @@ class Worker:
         self._failing_since = self._failing_since or now
         if now - self._failing_since > GIVE_UP_SECONDS:
             raise DeploymentError(
-                f"nothing could be committed for {now - self._failing_since:.0f} s: {failure}"
+                f"nothing could be committed for {now - self._failing_since:.0f} s: {failure}; check the brokers, and if a round "
+                "takes longer than that, raise kafka.transaction_timeout"
             ) from failure
         log.warning("a commit failed and is tried again: %s", failure)
 

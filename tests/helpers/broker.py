@@ -1,7 +1,6 @@
 """The broker of the tests, and plain kafka-python around it: nothing of ours between a test and what a topic holds."""
 
 import os
-import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from kafka.errors import KafkaError
 
 from pipeline.kafka import jars
 from pipeline.kafka.broker import LocalBroker
+from tests.helpers.ports import free_port
 
 HOST = "127.0.0.1"
 READ_DEADLINE_SECONDS = 60.0
@@ -42,7 +42,7 @@ def broker_in_container() -> Iterator[RunningBroker]:
     os.environ.setdefault("TESTCONTAINERS_RYUK_DISABLED", "true")  # the container is stopped here, no reaper needed
     from testcontainers.core.container import DockerContainer
 
-    port = _free_port()
+    port = free_port()
     container = DockerContainer(f"apache/kafka:{jars.kafka_version(jars.resource('pom.xml'))}")
     container.with_bind_ports(29092, port)
     for key, value in container_environment(port).items():
@@ -153,9 +153,3 @@ def _wait_until_it_answers(address: str, why: Any) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"no broker answered at {address} within 60 s: {why()}")
         time.sleep(0.2)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])

@@ -16,6 +16,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.changelog import read_checkpoint
+from pipeline.kafka.transactions import TransactionFailed
 from pipeline.service import states
 from pipeline.settings import Settings
 from pipeline.stream.checkpoint import MANIFEST
@@ -142,6 +143,54 @@ def test_the_hidden_state_comes_back_with_the_sensor(broker: RunningBroker, sett
     assert checkpoint is not None
     assert (checkpoint.offset, checkpoint.model) == (len(STREAM), model.version)
     assert np.abs(checkpoint.snapshot.rows["rnn.hidden"]).max() > 0
+
+
+@pytest.mark.parametrize("happened", [True, False], ids=["committed after all", "not committed"])
+@pytest.mark.parametrize("guarantee", ["exactly_once", "at_least_once"])
+def test_a_commit_that_failed_is_looked_up_and_then_done_once(
+    broker: RunningBroker, settings: Settings, happened: bool, guarantee: Any
+) -> None:
+    settings = again(settings, kafka__processing_guarantee=guarantee)
+    send(broker, settings, STREAM)
+    with running_worker(settings) as worker:
+        commit, failures = worker.committer.commit, []
+
+        def fail_every_other_time(work: Any, membership: Any) -> None:
+            failing = len(failures) % 2 == 0
+            if happened or not failing:
+                commit(work, membership)
+            failures.append(failing)
+            if failing:
+                raise TransactionFailed("planted")
+
+        worker.committer.commit = fail_every_other_time  # type: ignore[method-assign]
+        worker.run(threading.Event(), exit_at_end=True)
+    assert any(failures)
+    found = forecasts(broker, settings)
+    assert {sensor: [v["state_steps"] for v in values] for sensor, values in found.items()} == {
+        f"pump-{n}": list(range(1, HOURS)) for n in range(SENSORS)
+    }
+
+
+@pytest.mark.parametrize("moved_to", [0, 17], ids=["back", "forward"])
+def test_a_worker_whose_group_stands_elsewhere_than_it_left_it_starts_the_partition_again(
+    broker: RunningBroker, settings: Settings, moved_to: int
+) -> None:
+    """As after another worker answered in its place, unnoticed: what it holds is thrown away, not sent."""
+    send(broker, settings, STREAM[:CUT])
+    with running_worker(settings) as worker:
+        until(worker, lambda: 0 in worker._serving and worker._serving[0].committed == CUT)
+        worker._serving[0].committed = moved_to
+        send(broker, settings, STREAM[CUT:])
+
+        def fail(work: Any, membership: Any) -> None:
+            del worker.committer.commit  # type: ignore[attr-defined]
+            raise TransactionFailed("planted")
+
+        worker.committer.commit = fail  # type: ignore[method-assign]
+        worker.run(threading.Event(), exit_at_end=True)
+    for values in forecasts(broker, settings).values():
+        assert [value["state_steps"] for value in values] == list(range(1, HOURS))
 
 
 @pytest.fixture(scope="module")

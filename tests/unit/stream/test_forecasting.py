@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from models.rnn import RecurrentNet, RNNForecaster
-from pipeline.stream.columns import BASELINE, OK, STALE, WARMING
+from pipeline.stream.columns import BASELINE, OK, PROVISIONAL, STALE, WARMING
 from pipeline.stream.task import ForecastTask, TaskSettings
 from tests.helpers.streams import HOUR, START, cut, fleet, reading, records, task_settings
 
@@ -30,6 +30,18 @@ def test_what_a_broken_model_cannot_say_the_baseline_says_and_the_status_tells()
     assert broken.status.tolist() == [WARMING] * 2 + [BASELINE] * 12
     np.testing.assert_array_equal(broken.mean, baseline.mean)
     np.testing.assert_array_equal(broken.quantiles, baseline.quantiles)
+
+
+def test_provisional_answers_of_model_and_baseline_come_apart_each_under_its_name() -> None:
+    settings = task_settings()
+    log = [reading("old", START + hour * HOUR, value=float(hour)) for hour in range(6)]
+    log.append(reading("young", START + 5 * HOUR + 1, value=1.0))
+    task = ForecastTask(settings, make_model(settings, warmup_steps=3))
+    task.run(records(log))
+    by_model, by_baseline = task.provisional("t", 0, HOUR, len(log) - 1)
+    assert (by_model.model, by_model.sensors) == ("test", ["old"])
+    assert (by_baseline.model, by_baseline.sensors) == ("SeasonalNaive", ["young"])
+    assert {*by_model.status.tolist(), *by_baseline.status.tolist()} == {PROVISIONAL}
 
 
 def test_a_target_never_observed_leaves_the_others_to_the_model() -> None:

@@ -179,3 +179,35 @@ def test_a_dead_letter_carries_the_original_bytes_and_connects_headers() -> None
     assert found["__connect.errors.stage"] == b"VALUE_CONVERTER"
     assert found["millrace.reason"] == b"not-json"
     assert b"malformed" in found["__connect.errors.exception.message"]
+
+
+def test_a_silent_partition_says_provisionally_what_its_open_windows_hold() -> None:
+    task = ForecastTask(task_settings(grace_ms=HOUR // 2))
+    run_all(task, [reading("a", START + 10, value=1.0), reading("b", START + HOUR + 10, value=2.0)])
+    # [START ---- +1 h) closes at +1.5 h, [+1 h ---- +2 h) at +2.5 h; stream time stands at +1 h 10 ms.
+    assert task.provisional("t", 0, HOUR, 1) == []
+    (forecasts,) = task.provisional("t", 0, 3 * HOUR // 2, 1)
+    assert [STATUSES[status] for status in forecasts.status] == ["provisional"] * 3
+    assert list(zip(forecasts.sensors, (forecasts.issued_at_ms - START).tolist())) == [
+        ("a", HOUR),
+        ("a", 2 * HOUR),  # its gap step: it was silent in the window that b spoke in
+        ("b", 2 * HOUR),
+    ]
+    assert forecasts.offset.tolist() == [1, 1, 1]
+    assert forecasts.model == "SeasonalNaive"
+
+
+def test_provisional_forecasts_are_those_that_the_next_reading_would_have_caused() -> None:
+    pairs = fleet(sensors=4, hours=9)
+    task = ForecastTask(task_settings())
+    task.run(records(pairs))
+    (early,) = task.provisional("plant.readings.v1", 0, HOUR, len(pairs) - 1)
+    later = task.run(records([reading("pump-0", START + 9 * HOUR, value=1.0)], len(pairs))).forecasts
+    assert early.sensors == later.sensors
+    np.testing.assert_array_equal(early.mean, later.mean)
+    np.testing.assert_array_equal(early.quantiles, later.quantiles)
+    np.testing.assert_array_equal(early.state_steps, later.state_steps)
+
+
+def test_a_partition_in_which_nothing_is_open_has_nothing_to_say() -> None:
+    assert ForecastTask(task_settings()).provisional("t", 0, 10**12, 0) == []
