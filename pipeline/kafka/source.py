@@ -28,7 +28,7 @@ from kafka.errors import (
     RetriableError,
     UnknownMemberIdError,
 )
-from kafka.structs import ConsumerGroupMetadata
+from kafka.structs import ConsumerGroupMetadata, MemberState
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.clients import (
@@ -50,6 +50,7 @@ PartitionsHook = Callable[[Sequence[int]], None]
 
 HEARTBEAT_MS = 2_000
 """How often a member shows that it lives, and so how soon it hears of a rebalance."""
+FENCED_AFTER_SECONDS = 5.0
 FETCH_BYTES_PER_PARTITION = 2 * 2**20
 FETCH_BYTES = 32 * 2**20
 COLUMNS_PER_POLL = 1_000  # with the hook the client counts column sets, one a partition
@@ -109,6 +110,7 @@ class RecordSource:
         self._hooked = fast_path(hook, f'reading topic "{topic}"')
         self._rebalances = _Rebalances()
         self._assignor = _Assignor(self._missed_a_generation)
+        self._silent_since: float | None = None
         self._owned: set[int] = set()
         self._sought: set[int] = set()
         self._paused: set[int] = set()
@@ -152,10 +154,11 @@ class RecordSource:
         """What has arrived, at most one set of columns a partition; waits up to `timeout_ms` for the first.
 
         Keep the timeout at half a second or less: a signal handler's wish to stop is seen between two polls.
-        Raises DeploymentError for an offset outside the log, a partition without a start, damaged records, or a
-        broker that refuses.
+        Raises DeploymentError for an offset outside the log, a partition without a start, damaged records, a broker that
+        refuses, or another member that has taken this one's place.
         """
         self._settle()
+        self._require_our_place()
         with telling_deployment_errors(f'reading topic "{self.topic}"'):
             fetched = self._poll_client(timeout_ms)
         # What was fetched of a partition that then went away is not ours, even if it has come back: it begins anew.
@@ -287,6 +290,22 @@ class RecordSource:
         self._consumer.assign([self._tp(p) for p in wanted])
         _hold(self._consumer, map(self._tp, wanted))
         self._rebalances.assigned(wanted)
+
+    def _require_our_place(self) -> None:
+        """3.0.12 stops its heartbeats when another member has joined with the same group_instance_id, and tells nobody: it
+        goes on reading as if nothing had happened. While it joins it is silent for a moment, too."""
+        instance_id = self._consumer.config["group_instance_id"]
+        if not instance_id or not client_is_known():
+            return
+        coordinator = self._consumer._coordinator
+        with coordinator._lock:
+            silent = coordinator.state == MemberState.STABLE and not coordinator._heartbeat_enabled
+        if not silent:
+            self._silent_since = None
+            return
+        self._silent_since = self._silent_since or time.monotonic()
+        if time.monotonic() - self._silent_since > FENCED_AFTER_SECONDS:
+            raise fenced(instance_id)
 
     def _poll_client(self, timeout_ms: int) -> dict[int, list[Any]]:
         try:

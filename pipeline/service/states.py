@@ -24,6 +24,7 @@ from pipeline.service.assembly import task_settings
 from pipeline.settings import Settings
 from pipeline.stream.checkpoint import Checkpoint, CheckpointError, CheckpointWriter, Manifest, require_columns
 from pipeline.stream.task import ForecastTask
+from pipeline.stream.windows import NEVER
 
 SHOWN_VALUES = 8
 To = Literal["committed", "beginning", "end", "checkpoint"]
@@ -113,13 +114,13 @@ def _shown(values: Any) -> Any:
     if np.asarray(values).shape == ():
         return flat[0]
     rest = len(flat) - SHOWN_VALUES
-    return flat if rest <= 0 else [*flat[:SHOWN_VALUES], f"… {rest} more"]
+    return flat if rest <= 0 else [*flat[:SHOWN_VALUES], f"and {rest} more"]
 
 
 def _number(value: Any) -> Any:
     if isinstance(value, float):
         return float(f"{value:.6g}") if math.isfinite(value) else str(value)
-    return value
+    return "never" if value == NEVER else value
 
 
 def _check_partition(

@@ -121,6 +121,7 @@ class Worker:
             now = time.monotonic()
             self.report.seconds = now - started
             self.report.partitions = len(self._serving) + len(self._arrivals)
+            self.report.sensors = sum(len(one.task.table) for one in self._serving.values())
             if self._on_progress and now - reported >= REPORT_EVERY_SECONDS:
                 self._on_progress(self.report, self._lag())
                 reported = now
@@ -228,12 +229,15 @@ class Worker:
         self._show_partitions()
         if start.note:
             log.warning("partition %d: %s", partition, start.note)
+        again = (
+            f", offsets {start.offset} to {start.emit_from} are read again" if start.offset < start.emit_from else ""
+        )
         log.info(
-            "partition %d: %d sensors restored in %.1f s; taking in offsets %d to %d again, answering from there",
+            "partition %d: %d sensors restored in %.1f s%s; answers from offset %d on",
             partition,
             restored,
             seconds,
-            start.offset,
+            again,
             start.emit_from,
         )
 
@@ -246,7 +250,6 @@ class Worker:
         self.report.counts.add(output.counts)
         self.report.rebuilt += replayed
         self.metrics.replayed_records.inc(replayed)
-        self.report.sensors = sum(len(one.task.table) for one in self._serving.values())
 
     def _gather(self, at_end: bool = False) -> None:
         """What is due of each partition becomes work to commit."""

@@ -96,7 +96,7 @@ def test_a_worker_stops_cleanly_on_sigterm_and_says_what_it_did(folder: Path) ->
             command, cwd=folder, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment()
         )
     try:
-        wait_for(lambda: log.read_text().count("answering from there") == 4, "four partitions")
+        wait_for(lambda: log.read_text().count("answers from offset") == 4, "four partitions")
         time.sleep(1)
         worker.send_signal(signal.SIGTERM)
         out, _ = worker.communicate(timeout=60)

@@ -124,6 +124,19 @@ def test_a_worker_of_the_same_name_takes_over_at_once_and_ends_what_was_left_ope
     }
 
 
+def test_a_worker_whose_name_another_has_taken_stops_although_nothing_comes(
+    broker: RunningBroker, settings: Settings
+) -> None:
+    settings = again(settings, kafka__group_instance_id="pump-house")
+    with running_worker(settings) as older:
+        until(older, lambda: 0 in older._serving)
+        with running_worker(settings) as newer:
+            until(newer, lambda: 0 in newer._serving)
+            with pytest.raises(DeploymentError, match=r'group_instance_id = "pump-house".*a name of its own'):
+                until(older, lambda: False)
+            newer.round()
+
+
 def test_the_hidden_state_comes_back_with_the_sensor(broker: RunningBroker, settings: Settings, model: Any) -> None:
     send(broker, settings, STREAM[:CUT])
     with running_worker(settings, model) as worker:
