@@ -477,7 +477,7 @@ class _Chaos:
         points = FAULTS[self.plan.fault].points if self.plan.fault else POINTS
         # In turn, so that a few dozen kills visit every point several times.
         point = points[self.report.kills.total() // 2 % len(points)]
-        return f"{point}:{self._random.randint(1, 4 if point == 'mid-checkpoint' else 20)}"
+        return f"{point}:{self._random.randint(1, 4 if point == 'mid-checkpoint' else 8)}"
 
     def _rebalance(self) -> None:
         """Two dynamic workers become one, or one two."""
