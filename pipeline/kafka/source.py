@@ -8,14 +8,11 @@ is an error, as is an offset that retention has deleted.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from kafka import ConsumerRebalanceListener, OffsetAndMetadata, TopicPartition
-from kafka.coordinator.assignors.cooperative_sticky import CooperativeStickyAssignor
+from kafka import OffsetAndMetadata, TopicPartition
 from kafka.errors import (
     CommitFailedError,
     CorruptRecordError,
@@ -28,7 +25,6 @@ from kafka.errors import (
     RetriableError,
     UnknownMemberIdError,
 )
-from kafka.structs import ConsumerGroupMetadata, MemberState
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.clients import (
@@ -42,6 +38,7 @@ from pipeline.kafka.clients import (
     telling_deployment_errors,
 )
 from pipeline.kafka.columnar import ColumnarPartitionRecords
+from pipeline.kafka.membership import Assignor, Listener, Membership, Place, Rebalances, fenced, hold
 from pipeline.stream.columns import RecordColumns
 
 log = logging.getLogger(__name__)
@@ -50,30 +47,10 @@ PartitionsHook = Callable[[Sequence[int]], None]
 
 HEARTBEAT_MS = 2_000
 """How often a member shows that it lives, and so how soon it hears of a rebalance."""
-FENCED_AFTER_SECONDS = 5.0
 FETCH_BYTES_PER_PARTITION = 2 * 2**20
 FETCH_BYTES = 32 * 2**20
 COLUMNS_PER_POLL = 1_000  # with the hook the client counts column sets, one a partition
 RECORDS_PER_POLL = 20_000  # without it, records
-
-
-@dataclass(frozen=True, slots=True)
-class Membership:
-    """Proof that partitions are ours: handed on with a commit, it lets the broker refuse a worker that has lost them."""
-
-    topic: str
-    partitions: frozenset[int]
-    metadata: Any
-    """The client's ConsumerGroupMetadata: group, generation, member, instance."""
-
-    @property
-    def instance_id(self) -> str:
-        return self.metadata.group_instance_id or ""
-
-
-def memberless(topic: str, group_id: str) -> Membership:
-    """For a program that sets offsets of a group that has no members: nobody proves anything, so the caller sees to that."""
-    return Membership(topic, frozenset(), ConsumerGroupMetadata(group_id))
 
 
 class OffsetsUnstable(Exception):
@@ -108,9 +85,8 @@ class RecordSource:
         self.on_assigned = on_assigned
         self.on_revoked = on_revoked
         self._hooked = fast_path(hook, f'reading topic "{topic}"')
-        self._rebalances = _Rebalances()
-        self._assignor = _Assignor(self._missed_a_generation)
-        self._silent_since: float | None = None
+        self._rebalances = Rebalances()
+        self._assignor = Assignor(self._missed_a_generation)
         self._owned: set[int] = set()
         self._sought: set[int] = set()
         self._paused: set[int] = set()
@@ -131,7 +107,9 @@ class RecordSource:
         )
         if self._hooked:
             self._consumer._fetcher.PartitionRecords = ColumnarPartitionRecords
+        self._place: Place | None = None
         if client_is_known():
+            self._place = Place(self._consumer)
             _do_not_sleep_on_data(self._consumer._fetcher)
         try:
             self._begin(group, partitions)
@@ -158,7 +136,8 @@ class RecordSource:
         refuses, or another member that has taken this one's place.
         """
         self._settle()
-        self._require_our_place()
+        if self._place is not None:
+            self._place.require()
         with telling_deployment_errors(f'reading topic "{self.topic}"'):
             fetched = self._poll_client(timeout_ms)
         # What was fetched of a partition that then went away is not ours, even if it has come back: it begins anew.
@@ -281,31 +260,15 @@ class RecordSource:
         if not existing:
             raise missing_topic(self.topic)
         if group:
-            listener = _Listener(self._rebalances, self._consumer, self._assignor)
+            listener = Listener(self._rebalances, self._consumer, self._assignor)
             self._consumer.subscribe([self.topic], listener=listener)
             return
         wanted = sorted(existing if partitions is None else partitions)
         if unknown := set(wanted) - set(existing):
             raise DeploymentError(f'topic "{self.topic}" has partitions {existing}, not {sorted(unknown)}')
         self._consumer.assign([self._tp(p) for p in wanted])
-        _hold(self._consumer, map(self._tp, wanted))
+        hold(self._consumer, map(self._tp, wanted))
         self._rebalances.assigned(wanted)
-
-    def _require_our_place(self) -> None:
-        """3.0.12 stops its heartbeats when another member has joined with the same group_instance_id, and tells nobody: it
-        goes on reading as if nothing had happened. While it joins it is silent for a moment, too."""
-        instance_id = self._consumer.config["group_instance_id"]
-        if not instance_id or not client_is_known():
-            return
-        coordinator = self._consumer._coordinator
-        with coordinator._lock:
-            silent = coordinator.state == MemberState.STABLE and not coordinator._heartbeat_enabled
-        if not silent:
-            self._silent_since = None
-            return
-        self._silent_since = self._silent_since or time.monotonic()
-        if time.monotonic() - self._silent_since > FENCED_AFTER_SECONDS:
-            raise fenced(instance_id)
 
     def _poll_client(self, timeout_ms: int) -> dict[int, list[Any]]:
         try:
@@ -357,7 +320,7 @@ class RecordSource:
         log.warning("the group went on without this worker: partitions that it still has begin anew")
         again = list(kept)
         self._rebalances.revoked(tp.partition for tp in again)  # first: from here on nothing is committed for them
-        _hold(self._consumer, again)
+        hold(self._consumer, again)
         self._rebalances.assigned(tp.partition for tp in again)
 
     def _position(self, partition: int) -> int | None:
@@ -420,98 +383,8 @@ class RecordSource:
         return TopicPartition(self.topic, partition)
 
 
-def fenced(instance_id: str | None) -> DeploymentError:
-    return DeploymentError(
-        f'another worker has joined the group with kafka.group_instance_id = "{instance_id}" and taken this one\'s place;'
-        " give each worker a name of its own, or stop one of the two"
-    )
-
-
-class _Assignor(CooperativeStickyAssignor):  # type: ignore[misc]
-    """Incremental rebalances: whoever stays with its partitions keeps their state, and goes on while others move.
-
-    `generation`: of the assignment that the client took over last; it is told right after that. Generations are numbered
-    without gaps: `on_gap` is called with the partitions that were kept across one that this member was no part of.
-    """
-
-    def __init__(self, on_gap: Callable[[set[Any]], None]) -> None:
-        super().__init__()
-        self.generation = -1
-        self.held: set[Any] = set()
-        self._on_gap = on_gap
-
-    def on_assignment(self, assignment: Any, generation: int) -> None:
-        before = self.generation
-        super().on_assignment(assignment, generation)  # sets self.generation
-        assigned = set(assignment.partitions())
-        kept, self.held = self.held & assigned, assigned
-        if kept and generation not in (before, before + 1):
-            self._on_gap(kept)
-
-    def forget(self, partitions: Iterable[Any]) -> None:
-        """These are not held any longer, and must not be claimed at the next rebalance."""
-        self.held -= set(partitions)
-        self.member_assignment = list(self.held)
-
-
 class _GroupMovedOn(Exception):
     """A commit came too late: the partitions have another owner, or the group is choosing one."""
-
-
-class _Rebalances:
-    """What the client's network thread saw happen, for the polling thread to act on."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._events: list[tuple[str, list[int]]] = []
-
-    def assigned(self, partitions: Iterable[int]) -> None:
-        with self._lock:
-            self._events.append(("assigned", list(partitions)))
-
-    def revoked(self, partitions: Iterable[int]) -> None:
-        with self._lock:
-            self._events.append(("revoked", list(partitions)))
-
-    def take(self) -> list[tuple[str, list[int]]]:
-        with self._lock:
-            events, self._events = self._events, []
-        return events
-
-    def waiting(self) -> bool:
-        with self._lock:
-            return bool(self._events)
-
-    def revokes(self, partition: int) -> bool:
-        with self._lock:
-            return any(kind == "revoked" and partition in partitions for kind, partitions in self._events)
-
-
-class _Listener(ConsumerRebalanceListener):  # type: ignore[misc]
-    """Runs on the client's network thread and must not block: it takes notes, and keeps new partitions from being
-    read."""
-
-    def __init__(self, rebalances: _Rebalances, consumer: Any, assignor: _Assignor) -> None:
-        self._rebalances = rebalances
-        self._consumer = consumer
-        self._assignor = assignor
-
-    def on_partitions_assigned(self, assigned: Iterable[Any]) -> None:
-        new = list(assigned)
-        _hold(self._consumer, new)
-        self._rebalances.assigned(tp.partition for tp in new)
-
-    def on_partitions_revoked(self, revoked: Iterable[Any]) -> None:
-        self._assignor.forget(revoked)
-        self._rebalances.revoked(tp.partition for tp in revoked)
-
-
-def _hold(consumer: Any, partitions: Iterable[Any]) -> None:
-    """Keeps partitions from being read until the caller has said where to start. Without any position the client
-    would look one up by itself; offset 0 is never fetched, because they are paused."""
-    for tp in partitions:
-        consumer.pause(tp)
-        consumer.seek(tp, 0)
 
 
 def _do_not_sleep_on_data(fetcher: Any) -> None:

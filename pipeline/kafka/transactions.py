@@ -54,8 +54,8 @@ from kafka.errors import (
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.clients import HasKafka, client_is_known, describe, make_producer
+from pipeline.kafka.membership import Membership, fenced
 from pipeline.kafka.sink import GRACE_SECONDS, LINGER_MS, SEND_BATCH_BYTES, RecordSink, throw_away
-from pipeline.kafka.source import Membership, fenced
 from pipeline.stream.columns import OutgoingRecords
 
 log = logging.getLogger(__name__)

@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from pipeline.kafka.changelog import checkpoint_records
+from pipeline.kafka.membership import Membership
 from pipeline.kafka.sink import RecordSink
-from pipeline.kafka.source import Membership, RecordSource
+from pipeline.kafka.source import RecordSource
 from pipeline.kafka.transactions import TransactionalSink, TransactionFailed
 from pipeline.settings import Settings
 from pipeline.stream.checkpoint import Capture

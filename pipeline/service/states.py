@@ -16,8 +16,9 @@ import numpy as np
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.changelog import Restore, checkpoint_records, read_checkpoint
+from pipeline.kafka.membership import memberless
 from pipeline.kafka.partitioner import partition_for
-from pipeline.kafka.source import OffsetsUnstable, RecordSource, memberless
+from pipeline.kafka.source import OffsetsUnstable, RecordSource
 from pipeline.kafka.topics import group_members
 from pipeline.kafka.transactions import TransactionalSink, TransactionFailed
 from pipeline.service.assembly import task_settings

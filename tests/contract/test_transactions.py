@@ -18,7 +18,8 @@ from kafka.errors import KafkaError, NotLeaderForPartitionError, OutOfOrderSeque
 from kafka.structs import ConsumerGroupMetadata
 
 from pipeline.errors import DeploymentError
-from pipeline.kafka.source import Membership, RecordSource
+from pipeline.kafka.membership import Membership
+from pipeline.kafka.source import RecordSource
 from pipeline.kafka.transactions import RETRY_BACKOFF_MS, TransactionalSink, TransactionFailed, bounded
 from pipeline.settings import load
 from pipeline.stream.columns import OutgoingRecords

@@ -14,8 +14,9 @@ from kafka import KafkaAdminClient, TopicPartition
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka import topics
+from pipeline.kafka.membership import Membership
 from pipeline.kafka.sink import partition_for
-from pipeline.kafka.source import Membership, RecordSource
+from pipeline.kafka.source import RecordSource
 from pipeline.service.worker import WorkerReport
 from pipeline.settings import Settings, load
 from tests.helpers.broker import RunningBroker, produce_records, read_all

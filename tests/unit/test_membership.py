@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kafka import TopicPartition
 
-from pipeline.kafka.source import _Assignor
+from pipeline.kafka.membership import Assignor
 
 
 @dataclass
@@ -18,7 +18,7 @@ class Assignment:
 def told(*generations):
     """What the assignor reports as kept across a gap, when it is told of these (generation, partitions) in turn."""
     gaps = []
-    assignor = _Assignor(lambda kept: gaps.append(sorted(tp.partition for tp in kept)))
+    assignor = Assignor(lambda kept: gaps.append(sorted(tp.partition for tp in kept)))
     for generation, numbers in generations:
         assignor.on_assignment(Assignment(numbers), generation)
     return gaps
@@ -42,7 +42,7 @@ def test_what_came_anew_is_told_by_the_client_itself():
 
 def test_a_partition_that_was_lost_is_not_claimed_any_more():
     gaps = []
-    assignor = _Assignor(gaps.append)
+    assignor = Assignor(gaps.append)
     assignor.on_assignment(Assignment((0, 1, 2)), 4)
     assignor.forget(TopicPartition("readings", number) for number in (0, 1))
     assert assignor.member_assignment == [TopicPartition("readings", 2)]
