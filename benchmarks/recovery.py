@@ -3,7 +3,7 @@
     python -m benchmarks.recovery [--sensors 1000,200000] [--hours 6]
 
 One local broker, four partitions, a GRU of 64 units, a worker with a static name (kafka.group_instance_id), default settings
-else. Every sensor sends a reading a minute of event time, ten of which make a window; the stream goes on while the worker is killed,
+else. Every sensor sends a reading a minute of event time, two of which make a window; the stream goes on while the worker is killed,
 and the time runs from the kill until the first forecast that nobody had seen before is committed. Where it goes is told by the
 worker's own log: until the model is loaded (interpreter, TensorFlow, weights), until all partitions are restored (group,
 changelog), until the forecast is there (replay, compilation, and waiting for the stream's next window to close: the column before it
@@ -32,8 +32,8 @@ import numpy as np
 from benchmarks.throughput import PARTITIONS, START_MS
 
 READING_MS = 60_000
-WINDOW = "10m"
-PER_WINDOW = 10
+WINDOW = "2m"
+PER_WINDOW = 2
 QUIET_SECONDS = 60.0
 ANSWER_SECONDS = 180.0
 

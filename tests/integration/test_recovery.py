@@ -8,12 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 import pytest
 from kafka import KafkaAdminClient, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 
+from pipeline.commands.run import _require_topics
 from pipeline.errors import DeploymentError
 from pipeline.kafka.changelog import read_checkpoint
 from pipeline.kafka.transactions import TransactionFailed
@@ -21,7 +21,8 @@ from pipeline.service import states
 from pipeline.settings import Settings
 from pipeline.stream.checkpoint import MANIFEST
 from pipeline.stream.task import ForecastTask
-from tests.helpers.broker import RunningBroker, produce_records, read_all
+from tests.helpers.broker import RunningBroker, make_topic, produce_records, read_all
+from tests.helpers.settings import again
 from tests.helpers.streams import HOUR, START, fleet, records
 from tests.helpers.workers import running_worker
 from tests.integration.test_worker import forecasts, make_settings, run_to_the_end
@@ -34,16 +35,6 @@ CUT = len(STREAM) // 2 + 5  # in the middle of a window
 @pytest.fixture
 def settings(broker: RunningBroker, domain: str, tmp_path: Path) -> Settings:
     return make_settings(broker, domain, tmp_path, **{"topics.partitions": 1, "kafka.session_timeout": "6s"})
-
-
-def again(settings: Settings, **changes: Any) -> Settings:
-    """The same deployment with some keys set otherwise."""
-    sections: dict[str, dict[str, Any]] = {}
-    for key, value in changes.items():
-        section, _, name = key.partition("__")
-        sections.setdefault(section, {})[name] = value
-    replaced = {name: msgspec.structs.replace(getattr(settings, name), **keys) for name, keys in sections.items()}
-    return msgspec.structs.replace(settings, **replaced)
 
 
 def send(broker: RunningBroker, settings: Settings, pairs: Any) -> None:
@@ -345,6 +336,26 @@ def test_another_group_does_not_take_over_a_changelog(broker: RunningBroker, set
     run_to_the_end(settings)
     said = stopped(again(settings, kafka__group_id="second"))
     assert f'holds states of group "{settings.kafka.group_id}", this worker is of group "second"' in said
+
+
+@pytest.mark.parametrize(
+    ("configs", "partitions", "says"),
+    [
+        ({}, 2, "partitions, as the readings: expected 1, found 2"),
+        (
+            {"cleanup.policy": "delete"},
+            1,
+            "cleanup.policy: expected compact, found delete; millrace topics create --alter",
+        ),
+    ],
+    ids=["partitions", "not compacted"],
+)
+def test_a_changelog_that_cannot_serve_stops_the_worker_before_it_starts(
+    broker: RunningBroker, settings: Settings, configs: dict[str, str], partitions: int, says: str
+) -> None:
+    name = make_topic(broker, f"{settings.topics.domain}.other-state.v1", partitions, configs)
+    with pytest.raises(DeploymentError, match=f'topic "{name}": {says}'):
+        _require_topics(again(settings, topics__state=name))
 
 
 # -- the commands
