@@ -130,6 +130,41 @@ def hold(consumer: Any, partitions: Iterable[Any]) -> None:
         consumer.seek(tp, 0)
 
 
+class Joins:
+    """Lets the client finish a join that outlasts one poll. 3.0.12 has two defects there, which short polls meet often:
+
+    - a join that the leader began because the topic's metadata changed is forgotten in mid-way: its own assignment takes over
+      the new metadata, and no reason to join is left, although nobody has taken over what came of it. The member then stands
+      outside of the group for good, without heartbeats, and says that it is rebalancing;
+    - what a join brought between two polls is thrown away, and the join sent again.
+    """
+
+    def __init__(self, consumer: Any) -> None:
+        self._coordinator = consumer._coordinator
+        self._join = self._coordinator._do_join_and_sync_async
+        self._complete = self._coordinator._on_join_complete_async
+        self._brought: tuple[Any, Any] | None = None
+        """(generation, assignment) of a join that no poll has taken over yet."""
+        self._coordinator._do_join_and_sync_async = self._join_or_take_over
+        self._coordinator._on_join_complete_async = self._taken_over
+
+    def before_poll(self) -> None:
+        if self._coordinator.rejoining:
+            self._coordinator.rejoin_needed = True
+
+    async def _join_or_take_over(self) -> Any:
+        if self._brought is not None and self._brought[0] is self._coordinator._generation:
+            return self._brought[1]
+        self._brought = None
+        assignment = await self._join()
+        self._brought = (self._coordinator._generation, assignment)
+        return assignment
+
+    async def _taken_over(self, *arguments: Any) -> Any:
+        self._brought = None
+        return await self._complete(*arguments)
+
+
 class Place:
     """Whether a static member's place in the group is still its own.
 

@@ -38,7 +38,7 @@ from pipeline.kafka.clients import (
     telling_deployment_errors,
 )
 from pipeline.kafka.columnar import ColumnarPartitionRecords
-from pipeline.kafka.membership import Assignor, Listener, Membership, Place, Rebalances, fenced, hold
+from pipeline.kafka.membership import Assignor, Joins, Listener, Membership, Place, Rebalances, fenced, hold
 from pipeline.stream.columns import RecordColumns
 
 log = logging.getLogger(__name__)
@@ -107,9 +107,11 @@ class RecordSource:
         )
         if self._hooked:
             self._consumer._fetcher.PartitionRecords = ColumnarPartitionRecords
+        self._joins: Joins | None = None
         self._place: Place | None = None
         if client_is_known():
-            self._place = Place(self._consumer)
+            if group:
+                self._joins, self._place = Joins(self._consumer), Place(self._consumer)
             _do_not_sleep_on_data(self._consumer._fetcher)
         try:
             self._begin(group, partitions)
@@ -136,8 +138,9 @@ class RecordSource:
         refuses, or another member that has taken this one's place.
         """
         self._settle()
-        if self._place is not None:
+        if self._joins is not None and self._place is not None:
             self._place.require()
+            self._joins.before_poll()
         with telling_deployment_errors(f'reading topic "{self.topic}"'):
             fetched = self._poll_client(timeout_ms)
         # What was fetched of a partition that then went away is not ours, even if it has come back: it begins anew.

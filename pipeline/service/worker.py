@@ -42,6 +42,8 @@ POLL_WHILE_RESTORING_MS = 5
 RESTORE_AT_ONCE = 4
 """Each has a consumer of its own."""
 COMMITTED_WAIT_MS = 250
+HEARD_WITHIN_SECONDS = 3.0
+"""A member that was thrown out of its group hears of it with its next heartbeat, within two seconds."""
 REPORT_EVERY_SECONDS = 10.0
 GIVE_UP_SECONDS = 180.0
 """How long commits may fail, or offsets stay undecided, before a person is asked: longer than a broker's restart."""
@@ -69,7 +71,11 @@ class _Arrival:
     """A partition that has come and whose state has not."""
 
     since: float
+    not_before: float = 0.0
+    """When to begin, on the same clock."""
     committed: int | None = None
+    committed_before: int | None = None
+    """What it was when the checkpoint was found to be ahead of it."""
     decided: bool = False
     """The committed offset is known, and no transaction can change it any more."""
     restore: Restore | None = None
@@ -106,6 +112,7 @@ class Worker:
         self._in_doubt = False
         """The last commit failed: whether it happened nevertheless is to be found out."""
         self._failing_since: float | None = None
+        self._unsure_since: float | None = None
         self._holding = False
         self._on_progress = on_progress
         self._on_restore = on_restore
@@ -146,11 +153,12 @@ class Worker:
 
     # -- partitions come and go: called inside poll
 
-    def _arrived(self, partitions: Sequence[int]) -> None:
+    def _arrived(self, partitions: Sequence[int], after_seconds: float = 0.0) -> None:
+        now = time.monotonic()
         for partition in partitions:
             self.source.pause([partition])
             self.source.seek(partition, 0)  # where it really begins is known once its state is there
-            self._arrivals[partition] = _Arrival(time.monotonic())
+            self._arrivals[partition] = _Arrival(now, now + after_seconds)
         self._show_partitions()
 
     def _lost(self, partitions: Sequence[int]) -> None:
@@ -182,6 +190,8 @@ class Worker:
                 log.warning("partition %d: restoring it is tried again: %s", partition, error)
 
     def _restore_one(self, partition: int, arrival: _Arrival) -> None:
+        if time.monotonic() < arrival.not_before:
+            return
         if not arrival.decided and not self._ask_committed(partition, arrival):
             return
         if arrival.restore is None:
@@ -189,11 +199,12 @@ class Worker:
         done = arrival.restore.advance(POLL_WHILE_RESTORING_MS)
         if self._on_restore:
             self._on_restore(partition, *arrival.restore.progress)
-        if done:
+        if done and not self._asks_again(partition, arrival, arrival.restore):
             self._serve(partition, arrival, arrival.restore)
 
     def _ask_committed(self, partition: int, arrival: _Arrival) -> bool:
-        """The offset comes first and the checkpoint after: whoever had the partition can commit neither any more."""
+        """The offset comes first and the checkpoint after: whoever had the partition can commit neither any more. Unless we were
+        thrown out of the group and have not heard of it yet: then `_asks_again` notices."""
         try:
             arrival.committed = self.source.committed(partition, COMMITTED_WAIT_MS)
             arrival.decided = True
@@ -206,6 +217,20 @@ class Worker:
                     "transactions (kafka-transactions.sh --find-hanging)"
                 ) from unstable
         return arrival.decided
+
+    def _asks_again(self, partition: int, arrival: _Arrival, restore: Restore) -> bool:
+        """Whether the checkpoint is ahead of the committed offset because somebody commits to this partition at this moment:
+        then everything is asked for once more. If the offset has not moved in the meantime it was set back, and that is for
+        `plan_start` to say."""
+        manifest, committed = restore.manifest(), arrival.committed
+        if manifest is None or committed is None or manifest.offset <= committed:
+            return False
+        if committed == arrival.committed_before:
+            return False
+        restore.close()
+        again = time.monotonic() + HEARD_WITHIN_SECONDS
+        self._arrivals[partition] = _Arrival(arrival.since, again, committed_before=committed)
+        return True
 
     def _serve(self, partition: int, arrival: _Arrival, restore: Restore) -> None:
         beginning, end = (
@@ -276,7 +301,9 @@ class Worker:
         membership = self.source.membership()
         if membership is None or not set(self._work) <= membership.partitions:
             self._hold()  # the next polls tell what is still ours
+            self._require_a_group()
             return
+        self._unsure_since = None
         started_ms = _now_ms()
         try:
             with self.metrics.commit_seconds.time():
@@ -285,6 +312,16 @@ class Worker:
             self._failed(failure)
             return
         self._done(list(self._work), started_ms)
+
+    def _require_a_group(self) -> None:
+        now = time.monotonic()
+        self._unsure_since = self._unsure_since or now
+        if now - self._unsure_since > GIVE_UP_SECONDS:
+            raise DeploymentError(
+                f'group "{self.source.group_id}" has not said for {now - self._unsure_since:.0f} s which partitions are this '
+                "worker's, so nothing can be committed: a member that joins again and again, or a coordinator that does not "
+                "answer (kafka-consumer-groups.sh --describe --members); start this worker again"
+            )
 
     def _failed(self, failure: Exception) -> None:
         self.metrics.transactions.labels("failed").inc()
@@ -316,7 +353,8 @@ class Worker:
                 log.info("partition %d: the commit had happened, up to offset %d", partition, offset)
                 self._done([partition], _now_ms())
             elif offset != serving.committed:
-                # Somebody else has answered in our place: what we hold is not what the group stands at.
+                # Somebody else has answered in our place: what we hold is not what the group stands at. Most likely we were
+                # thrown out of the group, and the next heartbeat will tell.
                 log.warning(
                     "partition %d: the group stands at %s, not %s: starting it again",
                     partition,
@@ -324,7 +362,7 @@ class Worker:
                     serving.committed,
                 )
                 self._drop(partition)
-                self._arrived([partition])
+                self._arrived([partition], HEARD_WITHIN_SECONDS)
         return True
 
     def _done(self, partitions: Iterable[int], started_ms: int) -> None:

@@ -397,9 +397,7 @@ class _Chaos:
             elif worker.status == 1 and self._born_without_a_broker(worker):
                 self.report.starts_in_vain += 1
             else:
-                self.report.failures.append(
-                    f"{name} ended by itself with status {worker.status}; its last lines:\n    {worker.last_lines()}"
-                )
+                self._fail(f"{name} ended by itself with status {worker.status}", worker)
                 if len(self.report.failures) > MOST_FAILURES:
                     raise RuntimeError("too many workers ended by themselves")
             self._start_worker(name)
@@ -423,8 +421,11 @@ class _Chaos:
         unborn = status == -signal.SIGTERM and worker.age_seconds < GROWN_UP_SECONDS
         if status != 0 and not unborn:
             end = f"did not stop within {STOP_SECONDS:.0f} s" if status is None else f"stopped with status {status}"
-            self.report.failures.append(f"{name} {end}; its last lines:\n    {worker.last_lines()}")
+            self._fail(f"{name} {end}", worker)
         worker.kill()
+
+    def _fail(self, what: str, worker: WorkerProcess) -> None:
+        self.report.failures.append(f"{what}; its last lines:\n    {worker.last_lines()}")
 
     def _all_grown_up(self) -> bool:
         return all(worker.age_seconds > GROWN_UP_SECONDS for worker in self._workers.values())
@@ -468,7 +469,9 @@ class _Chaos:
         deadline = time.monotonic() + APPOINTMENT_SECONDS
         while self._workers.get(name) is second and time.monotonic() < deadline:
             self._calm(0.2)
-        if self._workers.get(name) is second:  # it never came to that point
+        if self._workers.get(name) is second:
+            # It lives, has partitions and readings, and commits nothing: a worker that hangs is as bad as one that ends.
+            self._fail(f"{name} did not come to {second.appointment} within {APPOINTMENT_SECONDS:.0f} s", second)
             second.kill()
             self.report.kills["anywhere"] += 1
             self._start_worker(name)

@@ -292,6 +292,25 @@ def test_two_members_share_the_partitions_and_who_has_lost_one_cannot_commit_it(
     until(first, lambda: len(first.assignment) == 4)
 
 
+def test_a_join_that_outlasts_many_short_polls_is_finished_all_the_same(broker, domain, sources):
+    """Caused by metadata: the client forgets in mid-way that it is joining, and stands outside of the group for good."""
+    topic = make_topic(broker, f"{domain}.grows", 2)
+    source = sources(topic, session_timeout_ms=6_000)
+    source.on_assigned = lambda ps: [source.seek(p, 0) for p in ps]
+    until(source, lambda: source.membership() is not None and len(source.assignment) == 2)
+    with KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers) as admin:
+        admin.create_partitions({topic: 3})
+    source._consumer._client.cluster.request_update()
+    deadline = time.monotonic() + 30
+    while len(source.assignment) < 3 or source.membership() is None:
+        source.poll(1)
+        time.sleep(0.05)  # longer than the poll: the join goes on in the background, and ends between two polls
+        assert time.monotonic() < deadline, source._consumer.group_metadata()
+    generation = source.membership().metadata.generation_id
+    until(source, lambda: time.monotonic() > deadline - 24)
+    assert source.membership().metadata.generation_id == generation  # and is not begun again and again
+
+
 @both_paths
 @pytest.mark.parametrize("comes_back", [False, True], ids=["gone", "back again"])
 def test_what_was_fetched_of_a_partition_that_then_went_away_is_handed_to_nobody(

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from kafka import KafkaAdminClient, TopicPartition
+from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 
 from pipeline.commands.run import _require_topics
@@ -329,6 +329,35 @@ def test_a_group_whose_offsets_are_forgotten_goes_on_from_its_checkpoint_when_to
     assert (row["now committed"], row["states"]) == (CUT, "kept")
     send(broker, settings, STREAM[CUT:])
     assert run_to_the_end(settings).restored == SENSORS
+
+
+def test_a_checkpoint_ahead_of_the_committed_offset_is_asked_about_again_before_anybody_is_blamed(
+    broker: RunningBroker, settings: Settings
+) -> None:
+    """The partition's real owner commits between our two questions: we were thrown out of the group and have not heard of it."""
+    send(broker, settings, STREAM[:CUT])
+    run_to_the_end(settings)
+    with running_worker(settings) as worker:
+        ask, stale = worker.source.committed, [CUT - 10]
+
+        def committed(partition: int, wait_ms: int = 1_000) -> int | None:
+            return stale.pop() if stale else ask(partition, wait_ms)
+
+        worker.source.committed = committed  # type: ignore[method-assign]
+        report = worker.run(threading.Event(), exit_at_end=True)
+    assert (report.restored, report.rebuilt, report.counts.records) == (SENSORS, 0, 0)
+
+
+def test_a_group_that_somebody_set_back_stops_the_worker(broker: RunningBroker, settings: Settings) -> None:
+    send(broker, settings, STREAM[:CUT])
+    run_to_the_end(settings)
+    with KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers) as admin:
+        readings = TopicPartition(settings.topics.readings_topic, 0)
+        admin.alter_group_offsets(settings.kafka.group_id, {readings: OffsetAndMetadata(5, "", -1)})
+    assert f"checkpoint stands at offset {CUT}, but the group's committed offset is 5" in stopped(settings)
+    states.reset(settings, "committed")
+    report = run_to_the_end(settings)
+    assert (report.rebuilt, report.counts.records) == (5, CUT - 5)
 
 
 def test_another_group_does_not_take_over_a_changelog(broker: RunningBroker, settings: Settings) -> None:
