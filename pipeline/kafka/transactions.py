@@ -24,7 +24,7 @@ kafka-python 3.0.12 needs the following guards (numbers as in tests/contract/tes
 | 3 OUT_OF_ORDER_SEQUENCE while committing is swallowed | step 3 comes before step 6 |
 | 4 after an epoch bump in mid-transaction the producer calls itself ready | step 4 |
 | 5 commit with unsent batches stops lingering for good: a request a batch from then on | step 3 comes before step 6 |
-| 6 init, offsets, commit and abort wait without a limit | each runs on a thread that is given up after a while |
+| 6 init, offsets, commit and abort wait without a limit | each runs on a thread that is given up after a while (abort is not needed) |
 | 7 a fenced producer takes a fresh id and goes on | step 5 names member and generation, and a fenced member stops |
 | 8 the first request of a transaction waits `retry_backoff_ms` for the one before | `retry_backoff_ms` is 5 |
 | 9 a batch that expired while it was retried breaks the sender thread's state | a producer is never used after a failure |
