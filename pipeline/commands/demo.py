@@ -62,8 +62,10 @@ def demo(
         bootstrap_servers=servers,
         domain=f"demo-{now_ms // 1000}" if servers else "demo",
     )
-    signal.signal(signal.SIGTERM, _as_interrupt)
-    report, interrupted = run_demo(plan, Narrator())
+    interrupt = _Interrupt()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    report, interrupted = run_demo(plan, Narrator(), interrupt.check)
     _show(context, report)
     if keep:
         _how_to_go_on(context, out, report)
@@ -73,8 +75,20 @@ def demo(
         raise CommandError("what came out is not what was sent:\n  " + "\n  ".join(report.mistakes))
 
 
-def _as_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+class _Interrupt:
+    """Ctrl-C and SIGTERM: raised at once, and again at the next `check`, because what is raised in the middle of a library's own
+    clean-up may be swallowed there."""
+
+    def __init__(self) -> None:
+        self._came = False
+
+    def __call__(self, *_: object) -> None:
+        self._came = True
+        raise KeyboardInterrupt
+
+    def check(self) -> None:
+        if self._came:
+            raise KeyboardInterrupt
 
 
 def _show(context: CommandContext, report: DemoReport) -> None:

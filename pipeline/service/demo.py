@@ -118,13 +118,17 @@ class DemoReport:
         return wrong
 
 
-def run_demo(plan: DemoPlan, narrator: Narrator) -> tuple[DemoReport, bool]:
+def run_demo(
+    plan: DemoPlan, narrator: Narrator, check_interrupt: Callable[[], None] = lambda: None
+) -> tuple[DemoReport, bool]:
     """Run it. Returns what was found, and whether it was interrupted (Ctrl-C): then the report holds what there was.
+
+    check_interrupt: called many times a second; raises KeyboardInterrupt once that has come.
 
     Raises DeploymentError if a program failed, with its last lines."""
     interrupted = False
     with ExitStack() as stack:
-        demo = Demo(plan, narrator, stack)
+        demo = Demo(plan, narrator, stack, check_interrupt)
         try:
             demo.stream()
         except KeyboardInterrupt:
@@ -138,10 +142,13 @@ def run_demo(plan: DemoPlan, narrator: Narrator) -> tuple[DemoReport, bool]:
 class Demo:
     """One run. `stack` ends whatever it starts."""
 
-    def __init__(self, plan: DemoPlan, narrator: Narrator, stack: ExitStack) -> None:
+    def __init__(
+        self, plan: DemoPlan, narrator: Narrator, stack: ExitStack, check_interrupt: Callable[[], None] = lambda: None
+    ) -> None:
         self.plan = plan
         self.narrator = narrator
         self._stack = stack
+        self._check_interrupt = check_interrupt
         self._fleet = Fleet(
             plan.sensors, plan.seed, plan.interval_ms, Habits(broken=plan.broken_share, late=plan.late_share)
         )
@@ -310,6 +317,7 @@ class Demo:
         self._tails.append((self._stack.enter_context(Tail(self.settings, topic, back)), list(take)))
 
     def _poll(self, timeout_ms: int = 20) -> None:
+        self._check_interrupt()
         for tail, takers in self._tails:
             for records in tail.poll(timeout_ms):
                 for take in takers:
