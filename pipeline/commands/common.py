@@ -151,13 +151,22 @@ def with_context(command: Callable[..., R]) -> Callable[..., R]:
 
 def set_up_logging(verbose: bool) -> None:
     """Logs on standard error: our own from INFO on, the libraries' warnings; with `verbose` ours from DEBUG on."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", handlers=[_StandardError()]
+    )
     logging.getLogger("pipeline").setLevel(logging.DEBUG if verbose else logging.INFO)
     logging.getLogger("models").setLevel(logging.DEBUG if verbose else logging.INFO)
     # The Kafka client logs each retry, ten a second, as an error; what matters reaches people as an error of ours.
     logging.getLogger("kafka").setLevel(logging.INFO if verbose else logging.CRITICAL)
     if not verbose:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+class _StandardError(logging.Handler):
+    """Writes to whatever standard error is at that moment: a progress bar puts itself there, and lets lines pass above it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
 
 
 class Instant(click.ParamType):  # type: ignore[type-arg,unused-ignore]

@@ -68,7 +68,9 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
 
     signal.signal(signal.SIGINT, on_interrupt)
     report = serve(context, settings, model, progress, stop, exit_at_end)
-    context.emit([_row(report)], title="run")
+    row = _row(report)
+    # So many columns would not fit into a terminal side by side.
+    context.emit([row] if context.format == "json" else [{"what": k, "count": v} for k, v in row.items()], title="run")
     if interrupted.is_set():
         raise SystemExit(130)
 
