@@ -17,7 +17,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from tests.chaos.harness import ChaosPlan, ChaosReport, make_model, run
+from tests.chaos.harness import make_model, run
+from tests.chaos.plan import ChaosPlan, ChaosReport
 from tests.chaos.worker import FAULTS
 
 ONE_BROKER = ChaosPlan()

@@ -16,30 +16,25 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 import numpy as np
-from kafka import KafkaConsumer, TopicPartition
-from kafka.errors import KafkaError
 
 from pipeline.kafka import topics
 from pipeline.kafka.broker import LocalBroker
 from pipeline.settings import Settings, load
 from tests.chaos.load import LONGEST_GAP, SEASON, START_MS, WINDOW_MS, Load
-from tests.chaos.oracle import Verdict, judge
-from tests.chaos.worker import DEATH, FAULTS, POINTS
+from tests.chaos.oracle import judge
+from tests.chaos.plan import ChaosPlan, ChaosReport
+from tests.chaos.processes import Group, WorkerProcess
+from tests.chaos.worker import FAULTS, POINTS
 from tests.helpers.cluster import JVM_OPTIONS, LocalCluster
 
-ROOT: Final = Path(__file__).resolve().parents[2]
 PARTITIONS: Final = 6
 STATIC_WORKERS: Final = 2
 UNITS, HORIZON, WARMUP = 16, 6, 6
@@ -60,120 +55,6 @@ GROWN_UP_SECONDS: Final = 20.0
 STARTS_IN_VAIN_SECONDS: Final = 60.0
 MOST_FAILURES: Final = 3
 REPORT_EVERY_SECONDS: Final = 10.0
-LAST_LINES: Final = 25
-
-
-@dataclass(frozen=True, slots=True)
-class ChaosPlan:
-    """What is to be done, and how much of it."""
-
-    readings: int = 200_000
-    kills: int = 50
-    """Of workers; half of them aimed at a point of a transaction."""
-    rebalances: int = 10
-    """A dynamic worker stops or another one starts."""
-    pauses: int = 3
-    """A worker is stopped (SIGSTOP) for longer than its session lasts, and goes on as if nothing had happened: a zombie."""
-    broker_restarts: int = 2
-    """Of a single broker: in turn SIGTERM and SIGKILL."""
-    brokers: int = 1
-    broker_kills: int = 0
-    """SIGKILL of one of several brokers."""
-    workers: int = 3
-    sensors: int = 80
-    fault: str = ""
-    checkpoint_every: str = "1s"
-    seed: int = 0
-    deadline_seconds: float = 1800.0
-    out: Path | None = None
-    """Where brokers, logs and model are kept; None: a temporary folder, thrown away unless something was wrong."""
-    model: Path | None = None
-    """A model made before by `make_model`; None: one is trained first."""
-
-    @property
-    def storm_seconds(self) -> float:
-        """About how long the events take, so that the readings last as long."""
-        events = 10.0 * self.kills + 8.0 * self.rebalances + 14.0 * (self.broker_restarts + self.broker_kills)
-        events += 14.0 * self.pauses
-        return 15.0 + events
-
-
-@dataclass(slots=True)
-class ChaosReport:
-    """What was done, and what came of it."""
-
-    plan: ChaosPlan
-    kills: Counter[str] = field(default_factory=Counter)
-    """Point, or "anywhere", -> deaths."""
-    rebalances: int = 0
-    pauses: int = 0
-    broker_restarts: int = 0
-    broker_kills: int = 0
-    starts_in_vain: int = 0
-    """Workers that ended because no broker answered when they started."""
-    failures: list[str] = field(default_factory=list)
-    """What went wrong by itself: a worker that ended, something that did not come in time."""
-    verdict: Verdict | None = None
-    seconds: float = 0.0
-    kept: Path | None = None
-
-    @property
-    def done(self) -> bool:
-        """All that was planned has happened."""
-        plan, verdict = self.plan, self.verdict
-        return (
-            verdict is not None
-            and verdict.readings >= plan.readings
-            and self.kills.total() >= plan.kills
-            and self.rebalances >= plan.rebalances
-            and self.pauses >= plan.pauses
-            and self.broker_restarts >= plan.broker_restarts
-            and self.broker_kills >= plan.broker_kills
-        )
-
-    @property
-    def ok(self) -> bool:
-        return self.done and not self.failures and self.verdict is not None and self.verdict.ok
-
-    @property
-    def found(self) -> bool:
-        """Whether the planted fault shows, in the way in which it must."""
-        return self.verdict is not None and FAULTS[self.plan.fault].symptom in self.verdict.symptoms
-
-    def rows(self) -> Iterator[tuple[str, str]]:
-        plan, verdict = self.plan, self.verdict
-        yield "brokers, workers", f"{plan.brokers}, {plan.workers}" + (f", fault {plan.fault}" if plan.fault else "")
-        yield "kills of workers", f"{self.kills.total()} of {plan.kills}"
-        for point in ("anywhere", *POINTS):
-            if self.kills[point]:
-                yield f"  {point}", str(self.kills[point])
-        yield "rebalances", f"{self.rebalances} of {plan.rebalances}"
-        yield "workers stopped beyond their session", f"{self.pauses} of {plan.pauses}"
-        yield "broker restarts, kills", f"{self.broker_restarts}, {self.broker_kills}"
-        yield "starts while no broker answered", str(self.starts_in_vain)
-        if verdict is not None:
-            forecasts, letters, state = verdict.forecasts, verdict.letters, verdict.state
-            yield "readings", f"{verdict.readings:,} of {plan.readings:,}"
-            yield "forecasts", f"{forecasts.seen:,} of {forecasts.expected:,}"
-            yield "dead letters", f"{letters.seen:,} of {letters.expected:,}"
-            yield "sensors in checkpoints", f"{state.sensors} in {state.partitions} partitions"
-            yield "lost", str(verdict.lost)
-            yield "repeated", str(verdict.repeated)
-            yield "largest difference, forecasts", f"{forecasts.largest_difference:.1e}"
-            yield "largest difference, hidden state", f"{state.largest_hidden_difference:.1e}"
-            yield "largest difference, all state", f"{state.largest_difference:.1e}"
-            yield "provisional forecasts, not compared", str(verdict.provisional)
-        yield "seconds", f"{self.seconds:.0f}"
-
-    def __str__(self) -> str:
-        lines = [f"  {name:<36} {value}" for name, value in self.rows()]
-        lines += [f"  failure: {failure}" for failure in self.failures]
-        if self.verdict is not None:
-            lines += [f"  {detail}" for detail in self.verdict.details]
-            lines.append(str(self.verdict))
-        if self.kept is not None:
-            lines.append(f"logs and broker: {self.kept}")
-        return "\n".join(lines)
 
 
 def run(plan: ChaosPlan, say: Callable[[str], None] = lambda line: None) -> ChaosReport:
@@ -225,77 +106,6 @@ class Brokers(Protocol):
     def stop(self) -> Any: ...
 
 
-class WorkerProcess:
-    """One worker, with whatever is to happen to it. Its output is appended to `log`."""
-
-    def __init__(self, config: Path, log: Path, death: str = "", fault: str = "") -> None:
-        self.log = log
-        self._born = time.monotonic()
-        self.appointment = death.partition(":")[0]
-        """The point at which it is to die; empty: none."""
-        command = [sys.executable, "-m", "tests.chaos.worker"]
-        command += ["--die-at", death] if death else []
-        command += ["--fault", fault] if fault else []
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MILLRACE_")}
-        environment |= {"PYTHONPATH": str(ROOT), "TF_NUM_INTRAOP_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-        with log.open("ab") as output:
-            output.write(f"\n== {time.strftime('%H:%M:%S')} starts {death}\n".encode())
-            output.flush()
-            self._begin = output.tell()
-            self._process = subprocess.Popen(
-                [*command, "--", "run", "--config", str(config), "-v"],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                cwd=ROOT,
-                start_new_session=True,
-            )
-
-    @property
-    def status(self) -> int | None:
-        """Exit status, negative for a signal; None while it runs."""
-        return self._process.poll()
-
-    @property
-    def age_seconds(self) -> float:
-        return time.monotonic() - self._born
-
-    @property
-    def kept_its_appointment(self) -> bool:
-        return bool(self.appointment) and self.status == -signal.SIGKILL and DEATH + self.appointment in self.said()
-
-    def pause(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        self._process.send_signal(signal.SIGCONT)
-
-    def kill(self) -> None:
-        with suppress(ProcessLookupError):
-            self._process.kill()
-        self._process.wait()
-
-    def ask_to_stop(self) -> None:
-        with suppress(ProcessLookupError):
-            self._process.terminate()
-
-    def wait(self, timeout_seconds: float) -> int | None:
-        """Its exit status; None if it still runs after that time."""
-        try:
-            return self._process.wait(max(0.0, timeout_seconds))
-        except subprocess.TimeoutExpired:
-            return None
-
-    def said(self) -> str:
-        with self.log.open("rb") as log:
-            log.seek(self._begin)
-            return log.read().decode(errors="replace")
-
-    def last_lines(self) -> str:
-        return "\n    ".join(self.said().splitlines()[-LAST_LINES:]) or "(nothing)"
-
-
 class _Chaos:
     """One run. `stack` ends whatever it starts."""
 
@@ -318,7 +128,7 @@ class _Chaos:
         self._brokers = self._start_brokers()
         self.settings = self._write_settings("oracle", model)
         topics.create(self.settings)
-        self._group = self._stack.enter_context(_Group(self.settings))
+        self._group = self._stack.enter_context(Group(self.settings))
         self._stack.callback(self._kill_all)
         for number in range(self.plan.workers):
             self._add_worker(static=number < STATIC_WORKERS)
@@ -587,48 +397,6 @@ class _Chaos:
 
     def _tell(self, what: str) -> None:
         self._say(f"[{time.monotonic() - self._started:5.0f} s] {what}")
-
-
-class _Group:
-    """How far the workers' group has come, asked from outside of it."""
-
-    def __init__(self, settings: Settings) -> None:
-        self._partitions = [
-            TopicPartition(settings.topics.readings_topic, partition) for partition in range(settings.topics.partitions)
-        ]
-        self._consumer = KafkaConsumer(
-            bootstrap_servers=settings.kafka.bootstrap_servers.split(","),
-            group_id=settings.kafka.group_id,
-            enable_auto_commit=False,
-            request_timeout_ms=3_000,
-            reconnect_backoff_max_ms=1_000,
-        )
-
-    def has_committed_everywhere(self) -> bool:
-        committed = self._committed()
-        return committed is not None and all(committed)
-
-    def lag(self) -> int | None:
-        """Records not yet committed; None while no broker says."""
-        committed = self._committed()
-        try:
-            ends = self._consumer.end_offsets(self._partitions, timeout_ms=3_000)
-        except KafkaError:
-            return None
-        return None if committed is None else sum(ends[tp] - at for tp, at in zip(self._partitions, committed))
-
-    def _committed(self) -> list[int] | None:
-        try:
-            return [self._consumer.committed(tp, timeout_ms=3_000) or 0 for tp in self._partitions]
-        except KafkaError:
-            return None
-
-    def __enter__(self) -> _Group:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with suppress(KafkaError):
-            self._consumer.close(autocommit=False, timeout_ms=2_000)
 
 
 def _shape(model: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from tests.chaos.oracle import (
     compare_letters,
     compare_state,
 )
+from tests.chaos.plan import ChaosPlan, ChaosReport
 from tests.chaos.worker import FAULTS, POINTS, die_at, first_half, intervene, up_to_half_a_checkpoint
 
 MINUTE = 60_000
@@ -314,20 +315,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return harness.make_model(tmp_path_factory.mktemp("chaos") / "model")
 
 
-SHORT = harness.ChaosPlan(
+SHORT = ChaosPlan(
     readings=15_000, kills=6, rebalances=2, pauses=0, broker_restarts=0, sensors=60, seed=1, deadline_seconds=200.0
 )
 
 
 @pytest.fixture
-def run(model: Path, tmp_path: Path) -> Callable[[harness.ChaosPlan], harness.ChaosReport]:
+def run(model: Path, tmp_path: Path) -> Callable[[ChaosPlan], ChaosReport]:
     return lambda plan: harness.run(replace(plan, model=model, out=tmp_path / "chaos"), print)
 
 
 @pytest.mark.broker
 @pytest.mark.keras
 def test_killed_and_moved_workers_leave_what_an_undisturbed_one_would_have(
-    run: Callable[[harness.ChaosPlan], harness.ChaosReport],
+    run: Callable[[ChaosPlan], ChaosReport],
 ) -> None:
     report = run(SHORT)
     assert report.ok, str(report)
@@ -336,7 +337,7 @@ def test_killed_and_moved_workers_leave_what_an_undisturbed_one_would_have(
 @pytest.mark.broker
 @pytest.mark.keras
 def test_forecasts_sent_outside_of_the_transaction_are_found(
-    run: Callable[[harness.ChaosPlan], harness.ChaosReport],
+    run: Callable[[ChaosPlan], ChaosReport],
 ) -> None:
     report = run(replace(SHORT, readings=5_000, kills=2, rebalances=0, workers=2, fault="outside"))
     assert report.found, str(report)
