@@ -229,7 +229,9 @@ class _Chaos:
     def _require_good_end(self, name: str, worker: WorkerProcess, deadline: float) -> None:
         status = worker.wait(deadline - time.monotonic())
         unborn = status == -signal.SIGTERM and worker.age_seconds < GROWN_UP_SECONDS
-        if status != 0 and not unborn:
+        if status == 1 and self._born_without_a_broker(worker):
+            self.report.starts_in_vain += 1
+        elif status != 0 and not unborn:
             end = f"did not stop within {STOP_SECONDS:.0f} s" if status is None else f"stopped with status {status}"
             self._fail(f"{name} {end}", worker)
         worker.kill()
