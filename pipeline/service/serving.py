@@ -18,7 +18,7 @@ from pipeline.stream.checkpoint import (
     require_columns,
     row_bytes,
 )
-from pipeline.stream.columns import OutgoingRecords, RecordColumns
+from pipeline.stream.columns import Forecasts, OutgoingRecords, RecordColumns
 from pipeline.stream.serdes import encode_dead_letters, encode_forecasts
 from pipeline.stream.task import ForecastTask, TaskOutput, TaskSettings
 
@@ -56,13 +56,8 @@ class Serving:
         output = self.task.run(records)
         self.next_offset = output.next_offset
         self.heard_ms = now_ms
-        spec = self.task.settings.spec
         if len(output.forecasts):
-            self._made.append(
-                encode_forecasts(
-                    output.forecasts, spec.target_names, spec.quantiles, spec.step_ms, topics.forecasts_topic
-                )
-            )
+            self._say(output.forecasts, topics)
         if output.dead_letters:
             self._made.append(encode_dead_letters(output.dead_letters, topics.dead_letters_topic, self.partition))
         return output
@@ -74,13 +69,16 @@ class Serving:
         if idle_ms < silence_ms or replaying or self._spoken_at == self.next_offset:
             return 0
         found = self.task.provisional(topic, self.partition, idle_ms, self.next_offset - 1)
-        spec = self.task.settings.spec
         for forecasts in found:
-            self._made.append(
-                encode_forecasts(forecasts, spec.target_names, spec.quantiles, spec.step_ms, topics.forecasts_topic)
-            )
+            self._say(forecasts, topics)
             self._spoken_at = self.next_offset
         return sum(map(len, found))
+
+    def _say(self, forecasts: Forecasts, topics: TopicSettings) -> None:
+        spec = self.task.settings.spec
+        self._made.append(
+            encode_forecasts(forecasts, spec.target_names, spec.quantiles, spec.step_ms, topics.forecasts_topic)
+        )
 
     def work(self, position: int, now_ms: int, at_end: bool) -> PartitionWork | None:
         """What is to be committed now; None: nothing. position: the next offset that the source will give (past control
