@@ -18,11 +18,6 @@ import msgspec
 from pipeline.errors import SettingsError
 from pipeline.settings import MASK, SECTIONS, Duration, Section, Settings, is_secret, metadata, parse_duration, shown
 
-_LATER: Final = {
-    "retraining": "retraining while it runs",
-}
-"""Sections of later versions, so that somebody who read ahead gets a straight answer."""
-
 MAX_TRANSACTION_MS: Final = 15 * 60_000
 
 Given = dict[tuple[str, str], Any]
@@ -69,10 +64,6 @@ def _toml(text: str, source: str) -> dict[str, Any]:
 def _require_section(section: str, origin: str) -> None:
     if section in SECTIONS:
         return
-    if section in _LATER:
-        raise SettingsError(
-            f"[{section}] ({origin}): {_LATER[section]} comes with a later version of Millrace; remove the section"
-        )
     raise SettingsError(f"unknown section [{section}] ({origin}){_nearest(section, SECTIONS, '[{}]')}")
 
 
@@ -242,6 +233,7 @@ def check(settings: Settings) -> None:
     _check_readings(settings, wrong)
     _check_windows(settings, wrong)
     _check_forecast(settings, wrong)
+    _check_learning(settings, wrong)
 
 
 Wrong = typing.Callable[[str, str], NoReturn]
@@ -281,7 +273,7 @@ def _check_topics(settings: Settings, wrong: Wrong) -> None:
     if not re.fullmatch(r"[a-zA-Z0-9._-]{1,200}", topics.domain):
         wrong("topics.domain", "1 to 200 letters, digits, dots, underscores and hyphens (Kafka's rule for topics)")
     seen: dict[str, str] = {}
-    for key in ("readings", "forecasts", "dead_letters", "state", "models", "control"):
+    for key in ("readings", "forecasts", "dead_letters", "state", "models", "control", "scores"):
         name = getattr(topics, f"{key}_topic")
         if not re.fullmatch(r"[a-zA-Z0-9._-]{1,249}", name) or name in (".", ".."):
             wrong(f"topics.{key}", "1 to 249 letters, digits, dots, underscores and hyphens (Kafka's rule for topics)")
@@ -344,6 +336,12 @@ def _check_forecast(settings: Settings, wrong: Wrong) -> None:
         wrong("forecast.season", "ascending lengths, each once")
     if forecast.profile != "base":
         wrong("forecast.profile", f'"base"; "{forecast.profile}" comes with a later version of Millrace')
+
+
+def _check_learning(settings: Settings, wrong: Wrong) -> None:
+    leads, horizon = settings.scoring.leads, settings.forecast.horizon
+    if list(leads) != sorted(set(leads)) or any(lead > horizon for lead in leads):
+        wrong("scoring.leads", f"ascending leads, each once, at most forecast.horizon = {horizon}")
 
 
 def _twice(words: Iterable[str]) -> str | None:

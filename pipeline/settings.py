@@ -27,6 +27,8 @@ __all__ = [
     "KafkaSettings",
     "ModelSettings",
     "ReadingSettings",
+    "RetrainingSettings",
+    "ScoringSettings",
     "Settings",
     "SettingsError",
     "StateSettings",
@@ -187,6 +189,7 @@ class TopicSettings(Section, frozen=True):
     state: Annotated[str, Meta(description="Changelog of sensor states; empty: `<domain>.state.v1`.")] = ""
     models: Annotated[str, Meta(description="Models; empty: `<domain>.models.v1`.")] = ""
     control: Annotated[str, Meta(description="Requests; empty: `<domain>.control.v1`.")] = ""
+    scores: Annotated[str, Meta(description="Scores of closed windows; empty: `<domain>.scores.v1`.")] = ""
     partitions: Annotated[int, Meta(description="Partitions of a topic that is created.", ge=1, le=10_000)] = 4
     replication_factor: Annotated[int, Meta(description="Replicas of a topic that is created.", ge=1, le=32_767)] = 1
     readings_retention_ms: Annotated[
@@ -222,6 +225,10 @@ class TopicSettings(Section, frozen=True):
     @property
     def control_topic(self) -> str:
         return self.control or f"{self.domain}.control.v1"
+
+    @property
+    def scores_topic(self) -> str:
+        return self.scores or f"{self.domain}.scores.v1"
 
 
 class ReadingSettings(Section, frozen=True):
@@ -337,8 +344,21 @@ class ModelSettings(Section, frozen=True):
     units: Annotated[int, Meta(description="Size of the hidden state of a layer.", ge=1, le=8_192)] = 64
     layers: Annotated[int, Meta(description="Layers stacked.", ge=1, le=16)] = 1
     path: Annotated[
-        str, Meta(description="Folder that `millrace train` writes and `millrace run` loads.", min_length=1)
+        str,
+        Meta(
+            description="Folder that `millrace train` writes. A worker that finds no champion on the models topic puts it there.",
+            min_length=1,
+        ),
     ] = "model"
+    rewarm_steps: Annotated[
+        int,
+        Meta(
+            description="Steps of each sensor that are remembered beyond the season, so that a new model can be run through them "
+            "when it takes over; 0: it begins with empty hidden states.",
+            ge=0,
+            le=4_096,
+        ),
+    ] = field(name="rewarm", default=64)
 
 
 class TrainingSettings(Section, frozen=True):
@@ -361,6 +381,88 @@ class TrainingSettings(Section, frozen=True):
     seed: Annotated[int, Meta(description="Of weights and shuffling: the same seed, the same model.", ge=0)] = 0
 
 
+class RetrainingSettings(Section, frozen=True):
+    """When the trainer learns again, and what a new model must show. Times are event time."""
+
+    every_ms: Annotated[
+        Duration | None,
+        Meta(description="Learn again so often, by event time; empty: never.", extra={"positive": True}),
+    ] = field(name="every", default=parse_duration("1d"))
+    every_steps: Annotated[
+        int,
+        Meta(description="Learn again after so many steps (closed windows, of all sensors together); 0: never.", ge=0),
+    ] = 0
+    on_drift: Annotated[bool, Meta(description="Learn again when the matured error has risen.")] = True
+    drift_threshold: Annotated[
+        float,
+        Meta(
+            description="Page-Hinkley threshold, in standard deviations of a window's error; higher: fewer alarms.",
+            gt=0,
+        ),
+    ] = 12.0
+    settle_ms: Annotated[
+        Duration | None,
+        Meta(
+            description="After a drift alarm the trainer waits so long, so that there is something new to learn from; empty: "
+            "the longest season, or the horizon."
+        ),
+    ] = field(name="settle", default=None)
+    cooldown_ms: Annotated[
+        Duration, Meta(description="No drift alarm counts for so long after a decision.", extra={"example": '"6h"'})
+    ] = field(name="cooldown", default=parse_duration("6h"))
+    max_per_day: Annotated[int, Meta(description="Trainings begun in a day of event time, at most.", ge=1)] = 4
+    max_steps: Annotated[
+        int,
+        Meta(
+            description="Steps held in memory to learn from; of a larger history every second, fourth, ... sensor is taken.",
+            ge=1_000,
+        ),
+    ] = 1_000_000
+    margin: Annotated[
+        float,
+        Meta(description="A challenger's pinball loss must be lower than the champion's by this share.", ge=0, lt=1),
+    ] = 0.01
+    max_lead_loss: Annotated[
+        float,
+        Meta(
+            description="At no lead may its pinball loss be higher than the champion's by more than this share.", ge=0
+        ),
+    ] = 0.05
+    min_labels: Annotated[int, Meta(description="Matured labels that a decision needs.", ge=1)] = 1_000
+    rollback: Annotated[bool, Meta(description="The previous champion returns when the new one disappoints.")] = True
+    rollback_margin: Annotated[
+        float,
+        Meta(
+            description="It disappoints when its error, relative to the baseline's, is higher than before by this share.",
+            gt=0,
+        ),
+    ] = 0.2
+    probation_ms: Annotated[
+        Duration | None,
+        Meta(
+            description="How long after a swap a champion can be rolled back; empty: two seasons, or two horizons.",
+            extra={"positive": True},
+        ),
+    ] = field(name="probation", default=None)
+    keep_versions: Annotated[int, Meta(description="Versions kept on the models topic.", ge=2)] = 5
+    threads: Annotated[int, Meta(description="Threads that training may use; 0: as many as there are cores.", ge=0)] = 1
+
+
+class ScoringSettings(Section, frozen=True):
+    """Forecasts held against what came."""
+
+    leads: Annotated[
+        tuple[Annotated[int, Meta(ge=1)], ...],
+        Meta(
+            description="Leads that are scored while the service runs; empty: the first, the last and one between.",
+            extra={"expected": "leads between 1 and forecast.horizon, ascending", "example": "[1, 24]"},
+        ),
+    ] = ()
+    publish: Annotated[
+        bool, Meta(description="Write the scores of each closed window to `topics.scores`; the trainer lives on them.")
+    ] = True
+
+
 class Settings(Struct, frozen=True, kw_only=True):
     """All sections, checked against each other; empty values that follow from others are filled in."""
 
@@ -372,6 +474,8 @@ class Settings(Struct, frozen=True, kw_only=True):
     state: StateSettings = field(default_factory=StateSettings)
     model: ModelSettings = field(default_factory=ModelSettings)
     training: TrainingSettings = field(default_factory=TrainingSettings)
+    retraining: RetrainingSettings = field(default_factory=RetrainingSettings)
+    scoring: ScoringSettings = field(default_factory=ScoringSettings)
     http: HttpSettings = field(default_factory=HttpSettings)
     sources: dict[str, str] = field(default_factory=dict)
     """TOML key -> where its value came from, for those that are not defaults."""
@@ -400,6 +504,8 @@ SECTIONS: Final[dict[str, type[Section]]] = {
     "state": StateSettings,
     "model": ModelSettings,
     "training": TrainingSettings,
+    "retraining": RetrainingSettings,
+    "scoring": ScoringSettings,
     "http": HttpSettings,
 }
 

@@ -5,8 +5,9 @@
 - forecasts, dead letters: as many partitions, kept by arrival: those about last year are as new as the others.
 - state: as many partitions, compacted: the last checkpoint of each block of sensors is the state.
 - models: one partition, compacted. control: one partition, kept for 7 days.
+- scores: as many partitions as the readings, kept by arrival.
 
-Partition *p* of the first four belong together, so their counts must be equal.
+Partition *p* of readings, forecasts, dead letters, state and scores belong together, so their counts must be equal.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,8 +30,11 @@ from pipeline.settings import Settings
 UNREACHABLE_AFTER_MS = 8_000
 REQUEST_TIMEOUT_MS = 15_000
 CONTROL_RETENTION_MS = 7 * 24 * 3_600_000
+SCORES_RETENTION_MS = 90 * 24 * 3_600_000
 FOREVER_MS = -1
-WITH_READINGS = frozenset({"forecasts", "dead_letters", "state"})  # partition p of these belongs to p of the readings
+WITH_READINGS = frozenset(
+    {"forecasts", "dead_letters", "state", "scores"}
+)  # partition p of these belongs to p of the readings
 TUNING = frozenset(
     {"min.cleanable.dirty.ratio", "segment.bytes"}
 )  # set at creation; a topic that differs works all the same
@@ -59,7 +63,7 @@ class Finding:
 
 
 def required(settings: Settings) -> tuple[TopicSpec, ...]:
-    """The six topics, readings first."""
+    """The seven topics, readings first."""
     topics = settings.topics
     # Recovery reads the whole log, and compaction leaves the newest segment alone: by default that is a gigabyte. It also
     # waits until half of the log is outdated by default. (50 MB: as Kafka Streams sets it for its changelogs.)
@@ -72,6 +76,7 @@ def required(settings: Settings) -> tuple[TopicSpec, ...]:
         ("state", topics.state_topic, topics.partitions, compacted),
         ("models", topics.models_topic, 1, compacted),
         ("control", topics.control_topic, 1, _by_arrival(CONTROL_RETENTION_MS)),
+        ("scores", topics.scores_topic, topics.partitions, _by_arrival(SCORES_RETENTION_MS)),
     )
     return tuple(
         TopicSpec(role, name, partitions, topics.replication_factor, configs)
@@ -93,7 +98,7 @@ def create(settings: Settings, *, alter: bool = False) -> list[dict[str, str | i
 
 
 def check(settings: Settings) -> list[Finding]:
-    """Everything about the six topics that is not as the settings need it; an empty list: all is well.
+    """Everything about the seven topics that is not as the settings need it; an empty list: all is well.
 
     Raises:
         DeploymentError: no broker answers, or it refuses.
