@@ -110,7 +110,7 @@ def measure(folder: Path, servers: str, sensors: int, rounds: int) -> dict[str, 
 def make_model_for(settings: Any, folder: Path) -> None:
     from models.sequences import Sequences
     from pipeline.service.assembly import task_settings
-    from pipeline.service.trainer import fit
+    from pipeline.service.fitting import fit
 
     spec = task_settings(settings).spec
     steps, sensors = 400, 8

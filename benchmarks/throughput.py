@@ -72,7 +72,7 @@ def make_model(folder: Path) -> None:
     """A model of the default size; how good it is does not change what it costs."""
     from models.sequences import Sequences
     from pipeline.service.assembly import task_settings
-    from pipeline.service.trainer import fit
+    from pipeline.service.fitting import fit
     from pipeline.settings import load
 
     settings = load(None, {}, {"training.epochs": 1, "training.lanes": 8})

@@ -51,8 +51,9 @@ def save(folder: Path, model: TrainedModel, figures: Sequence[Figures] = ()) -> 
     return manifest
 
 
-def load(folder: Path, expect: SeriesSpec | None = None) -> Neural:
-    """The forecaster, ready to advance. expect: the series it is to serve; None = whatever it was trained on.
+def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()) -> Neural:
+    """The forecaster, ready to advance. expect: the series it is to serve; None = whatever it was trained on. own: names of
+    the spec in which it may differ.
 
     Raises ArtifactError: a file is missing, damaged, of another format, or made for another series.
     """
@@ -60,7 +61,7 @@ def load(folder: Path, expect: SeriesSpec | None = None) -> Neural:
     path = folder / MODEL_FILE
     spec = spec_from_dict(manifest["spec"])
     if expect is not None:
-        _compare(folder / MANIFEST_FILE, spec, expect)
+        _compare(folder / MANIFEST_FILE, spec, expect, own)
     if not path.is_file():
         raise ArtifactError(path, "no such file", "the weights that the manifest names", "run `millrace train` again")
     found = _sha256(path)
@@ -113,6 +114,7 @@ def _manifest(model: TrainedModel, figures: Sequence[Figures], sha256: str) -> d
         "figures": [_finite(entry.to_dict()) for entry in figures],
         "epochs": [_finite(epoch) for epoch in model.history],
         "best_epoch": model.best_epoch,
+        "warm": model.warm,
         "seed": model.seed,
         "libraries": _libraries(),
     }
@@ -139,9 +141,9 @@ def _load_keras(path: Path) -> Any:
         ) from error
 
 
-def _compare(path: Path, found: SeriesSpec, expected: SeriesSpec) -> None:
+def _compare(path: Path, found: SeriesSpec, expected: SeriesSpec, own: Sequence[str]) -> None:
     ours, theirs = asdict(expected), asdict(found)
-    different = [name for name in ours if ours[name] != theirs[name]]
+    different = [name for name in ours if ours[name] != theirs[name] and name not in own]
     if different:
         raise ArtifactError(
             path,

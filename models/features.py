@@ -172,6 +172,44 @@ class SeriesMemory:
         rows["memory.steps"][:] = steps[:, -1]
         return Context(self.spec, block.end_ms, values, observed, last, mean, scale, steps, origin, history)
 
+    def recall(self, rows: Rows, end_ms: NDArray[np.int64], most: int) -> tuple[StepBlock, Context]:
+        """The last steps once more, at most `most` of them and those since the last reset, for a forecaster that has not
+        seen them. end_ms: (B,) end of each sensor's last step.
+
+        Everything is as it was at each step, but for the scale, which is today's. Rows are left as they are."""
+        ring = rows["memory.ring"]
+        count = np.minimum(rows["memory.steps"], min(most, self.ring_steps - look_back(self.spec))).astype(np.int64)
+        steps = max(1, int(count.max(initial=0)))
+        history = _moved_left(ring, steps - count)
+        ordinal = np.arange(steps)
+        live = ordinal < count[:, None]
+        origin = rows["memory.origin"].copy()
+        known = history.astype(np.float64) + origin[:, None]
+        values = np.where(live[..., None], known[:, self.ring_steps - steps :], np.nan)
+        ends = end_ms[:, None] + (ordinal - count[:, None] + 1) * self.spec.step_ms
+        mean, scale = self.scaling.now(rows)
+        shape = values.shape
+        context = Context(
+            self.spec,
+            ends,
+            values,
+            np.isfinite(values),
+            self._last_values(rows, known)[:, self.ring_steps - steps :],
+            np.broadcast_to(mean[:, None], shape),
+            np.broadcast_to(scale[:, None], shape),
+            (rows["memory.steps"][:, None] - count[:, None] + ordinal + 1).astype(np.int32),
+            origin,
+            history,
+        )
+        return StepBlock(values, ends, live), context
+
+    def _last_values(self, rows: Rows, known: Float64) -> Float64:
+        """(B, R, K) the value observed last at each step of the ring; where the ring holds none, the one before it."""
+        values = known[..., list(self.spec.targets)]
+        observed = np.isfinite(values)
+        before = np.where(observed.any(axis=1), np.nan, rows["memory.last"])
+        return _carried(before, values, observed)
+
     def _remember(self, rows: Rows, distance: Float64, live: Bool) -> Float32:
         ring = rows["memory.ring"]
         history = np.concatenate([ring, distance.astype(np.float32)], axis=1)
@@ -181,6 +219,11 @@ class SeriesMemory:
             newest = live.sum(axis=1)[:, None] + np.arange(self.ring_steps)
             ring[:] = np.take_along_axis(history, newest[..., None], axis=1)
         return history
+
+
+def look_back(spec: SeriesSpec) -> int:
+    """Steps before one that a forecaster is shown with it."""
+    return spec.seasons[0] if spec.seasons else 1
 
 
 def lead_knots(horizon: int) -> tuple[int, ...]:
@@ -226,6 +269,16 @@ def _clipped(scaled: NDArray[Any]) -> Float32:
     """To +-CLIP, 0 for NaN."""
     held = np.clip(scaled, -CLIP, CLIP)
     return np.where(np.isnan(held), 0.0, held).astype(np.float32)
+
+
+def _moved_left(ring: Float32, places: NDArray[np.int64]) -> Float32:
+    """(B, R, C) each row's steps so many places earlier; NaN comes in from the right."""
+    if not places.any():
+        return ring.copy()
+    at = np.arange(ring.shape[1]) + places[:, None]
+    moved = np.take_along_axis(ring, np.minimum(at, ring.shape[1] - 1)[..., None], axis=1)
+    moved[at >= ring.shape[1]] = np.nan
+    return moved
 
 
 def _first(values: Float64, observed: Bool) -> Float64:

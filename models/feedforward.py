@@ -51,6 +51,9 @@ class FeedForward:
         mean, quantiles, _ = self.net.unroll(self.inputs(context), block.live, self.net.empty_state(len(block.live)))
         return in_original_units(mean, quantiles, context)
 
+    def rebuild(self, rows: Rows, block: StepBlock, context: Context) -> None:
+        """Nothing: it has no state."""
+
     def inputs(self, context: Context) -> NDArray[np.float32]:
         """(B, T, F)"""
         window = context.window(self.window)

@@ -102,3 +102,11 @@ class Forecaster(Protocol):
 
         Guarantees: the outcome for a sensor does not depend on the others in the block, nor on how its steps were cut
         into blocks (up to float32 rounding); padding changes nothing; `rows` is updated in place."""
+
+
+class Model(Forecaster, Protocol):
+    """A forecaster that is trained, and may take another's place while the service runs."""
+
+    def rebuild(self, rows: Rows, block: StepBlock, context: Any) -> None:
+        """Fill its own columns with what the block makes of an empty state. `block` and `context` are what
+        `SeriesMemory.recall` remembers."""

@@ -5,10 +5,11 @@ TensorFlow is imported by `load_tensorflow` and inside functions only: importing
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
@@ -71,8 +72,67 @@ def _quiet_start() -> Iterator[None]:
             os.close(terminal)
 
 
+class Program:
+    """What a network of one architecture computes, compiled for a bounded number of shapes; the weights are arguments.
+
+    XLA keeps what it has compiled for as long as the process lives. All networks of an architecture therefore share one
+    program: a new version of the weights compiles nothing and leaks nothing.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+        self._compiled: dict[tuple[int, int, bool], Any] = {}
+
+    @property
+    def shapes(self) -> list[tuple[int, int, bool]]:
+        """Rows, steps, and whether the state alone was asked for, of everything compiled so far."""
+        return list(self._compiled)
+
+    def function(self, size: int, length: int, state_only: bool = False) -> Any:
+        """(weights, x, mask, state) -> (mean, quantiles, state), or state alone; for x (size, length, F)."""
+        key = (size, length, state_only)
+        if key not in self._compiled:
+            self._compiled[key] = self._compile(*key)
+        return self._compiled[key]
+
+    def _compile(self, size: int, length: int, state_only: bool) -> Any:
+        tf = load_tensorflow()
+        model = self._model
+        untrained = [variable.value for variable in model.non_trainable_variables]
+
+        def run(weights: Any, x: Any, mask: Any, state: Any) -> Any:
+            (mean, quantiles, after), _ = model.stateless_call(weights, untrained, [x, mask, state], training=False)
+            if state_only:  # what nobody asks for is not computed
+                return after
+            limit = OUTPUT_CLIP
+            return tf.clip_by_value(mean, -limit, limit), tf.clip_by_value(quantiles, -limit, limit), after
+
+        x, _, state = model.inputs
+        function = tf.function(run, jit_compile=True, autograph=False).get_concrete_function(
+            [tf.TensorSpec(variable.shape, tf.float32) for variable in model.trainable_variables],
+            tf.TensorSpec((size, length, x.shape[-1]), tf.float32),
+            tf.TensorSpec((size, length), tf.bool),
+            tf.TensorSpec((state.shape[0], size, state.shape[2]), tf.float32),
+        )
+
+        def call(weights: list[Any], x: Float32, mask: Bool, state: Float32) -> Any:
+            return function(weights, tf.constant(x), tf.constant(mask), tf.constant(state))
+
+        return call
+
+
+_PROGRAMS: dict[str, Program] = {}
+
+
+def _program_of(model: Any) -> Program:
+    layers = [
+        (type(layer).__name__, layer.get_config()) for layer in (model.get_layer("cells"), model.get_layer("heads"))
+    ]
+    return _PROGRAMS.setdefault(json.dumps([layers, model.inputs[0].shape[-1]]), Program(model))
+
+
 class Network:
-    """A Keras model [x, mask, state] -> [mean, quantiles, state] and its compiled forms.
+    """A Keras model [x, mask, state] -> [mean, quantiles, state]: weights, and the program that they go through.
 
     Everything is in scaled units: quantiles and mean are offsets from the last value, in running standard deviations.
     """
@@ -83,12 +143,14 @@ class Network:
         shape = model.inputs[2].shape
         self.layers, self.state_size = int(shape[0]), int(shape[2])
         self.input_size = int(model.inputs[0].shape[-1])
-        self._compiled: dict[tuple[int, int], Any] = {}
+        self.program = _program_of(model)
+        self._weights = [variable.value for variable in model.trainable_variables]
 
     @property
     def compilations(self) -> int:
-        """How many shapes were compiled so far; at most 15 (`ROW_BUCKETS` x `STEP_BUCKETS` within `MAX_CELLS`)."""
-        return len(self._compiled)
+        """How many shapes were compiled so far; at most 15 (`ROW_BUCKETS` x `STEP_BUCKETS` within `MAX_CELLS`), and as
+        many for `carry`."""
+        return len(self.program.shapes)
 
     def empty_state(self, batch: int) -> Float32:
         return np.zeros((self.layers, batch, self.state_size), np.float32)
@@ -104,16 +166,21 @@ class Network:
         mean = np.empty((batch, steps, *outputs), np.float32)
         quantiles = np.empty((*mean.shape, len(self.spec.quantiles)), np.float32)
         state = state.copy()
-        for first in range(0, steps, STEP_BUCKETS[-1]):
-            span = slice(first, min(first + STEP_BUCKETS[-1], steps))
-            length = next(size for size in STEP_BUCKETS if size >= span.stop - span.start)
-            start = 0
-            for size in row_plan(batch, length):
-                rows = slice(start, min(start + size, batch))
-                out = self._call(size, length, x[rows, span], mask[rows, span], state[:, rows])
-                mean[rows, span], quantiles[rows, span], state[:, rows] = out
-                start += size
+        for rows, span, size, length in _cuts(batch, steps):
+            found = self._call(size, length, x[rows, span], mask[rows, span], state[:, rows])
+            mean[rows, span], quantiles[rows, span] = (
+                out.numpy()[: rows.stop - rows.start, : span.stop - span.start] for out in found[:2]
+            )
+            state[:, rows] = found[2].numpy()[:, : rows.stop - rows.start]
         return mean, quantiles, state
+
+    def carry(self, x: Float32, mask: Bool, state: Float32) -> Float32:
+        """The state alone after these steps: as `unroll`, at half its price."""
+        state = state.copy()
+        for rows, span, size, length in _cuts(*mask.shape):
+            after = self._call(size, length, x[rows, span], mask[rows, span], state[:, rows], state_only=True)
+            state[:, rows] = after.numpy()[:, : rows.stop - rows.start]
+        return state
 
     def warm_up(self, batch: int, steps: int = 1) -> None:
         """Compile what `unroll` of such a shape needs, ahead of the first call that counts."""
@@ -123,38 +190,37 @@ class Network:
             self.empty_state(batch),
         )
 
-    def _call(self, size: int, length: int, x: Float32, mask: Bool, state: Float32) -> tuple[Float32, ...]:
+    def warm_up_like(self, other: Network) -> None:
+        """Compile every shape that the other network has been called with so far."""
+        for shape in other.program.shapes:  # a list: the other may compile meanwhile
+            self.program.function(*shape)
+
+    def warm_up_carry(self, rows: Iterable[int], steps: int) -> None:
+        """Compile what `carry` needs for so many steps of any number of rows."""
+        spans = {min(STEP_BUCKETS[-1], steps - first) for first in range(0, steps, STEP_BUCKETS[-1])}
+        for length in {next(size for size in STEP_BUCKETS if size >= span) for span in spans}:
+            for size in rows:
+                if size * length <= MAX_CELLS:
+                    self.program.function(size, length, True)
+
+    def _call(self, size: int, length: int, x: Float32, mask: Bool, state: Float32, state_only: bool = False) -> Any:
         rows, steps = mask.shape
         if (rows, steps) != (size, length):
             x = np.pad(x, ((0, size - rows), (0, length - steps), (0, 0)))
             mask = np.pad(mask, ((0, size - rows), (0, length - steps)))
             state = np.pad(state, ((0, 0), (0, size - rows), (0, 0)))
-        mean, quantiles, after = self._function(size, length)(x, mask, state)
-        return mean.numpy()[:rows, :steps], quantiles.numpy()[:rows, :steps], after.numpy()[:, :rows]
+        return self.program.function(size, length, state_only)(self._weights, x, mask, state)
 
-    def _function(self, size: int, length: int) -> Any:
-        if (size, length) not in self._compiled:
-            self._compiled[size, length] = self._compile(size, length)
-        return self._compiled[size, length]
 
-    def _compile(self, size: int, length: int) -> Any:
-        tf = load_tensorflow()
-
-        def run(x: Any, mask: Any, state: Any) -> tuple[Any, Any, Any]:
-            mean, quantiles, after = self.model([x, mask, state], training=False)
-            limit = OUTPUT_CLIP
-            return tf.clip_by_value(mean, -limit, limit), tf.clip_by_value(quantiles, -limit, limit), after
-
-        function = tf.function(run, jit_compile=True, autograph=False).get_concrete_function(
-            tf.TensorSpec((size, length, self.input_size), tf.float32),
-            tf.TensorSpec((size, length), tf.bool),
-            tf.TensorSpec((self.layers, size, self.state_size), tf.float32),
-        )
-
-        def call(x: Float32, mask: Bool, state: Float32) -> Any:
-            return function(tf.constant(x), tf.constant(mask), tf.constant(state))
-
-        return call
+def _cuts(batch: int, steps: int) -> Iterator[tuple[slice, slice, int, int]]:
+    """Rows and span of each call, and the compiled rows and steps that they are padded to."""
+    for first in range(0, steps, STEP_BUCKETS[-1]):
+        span = slice(first, min(first + STEP_BUCKETS[-1], steps))
+        length = next(size for size in STEP_BUCKETS if size >= span.stop - span.start)
+        start = 0
+        for size in row_plan(batch, length):
+            yield slice(start, min(start + size, batch)), span, size, length
+            start += size
 
 
 def RecurrentNet(
@@ -205,6 +271,11 @@ class RNNForecaster:
         mean, quantiles, after = self.net.unroll(self.inputs(context), block.live, state)
         rows["rnn.hidden"][:] = after.transpose(1, 0, 2)
         return in_original_units(mean, quantiles, context)
+
+    def rebuild(self, rows: Rows, block: StepBlock, context: Context) -> None:
+        """Run these steps through the network from an empty state, for the hidden state alone."""
+        state = self.net.carry(self.inputs(context), block.live, self.net.empty_state(len(block.live)))
+        rows["rnn.hidden"][:] = state.transpose(1, 0, 2)
 
     def inputs(self, context: Context) -> Float32:
         """(B, T, F)"""

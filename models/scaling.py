@@ -70,6 +70,11 @@ class RunningScale:
             means[:, step], variances[:, step] = mean, variance
         return means, np.maximum(np.sqrt(variances), _floor(means))
 
+    def now(self, rows: Rows) -> tuple[Float64, Float64]:
+        """Mean and scale (B, C) as they stand; scale > 0."""
+        mean = rows[self._mean].copy()
+        return mean, np.maximum(np.sqrt(rows[self._variance]), _floor(mean))
+
 
 class RunningVariance:
     """Mean square of forecast errors, with the same forgetting: what a baseline's interval is made of."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,13 +46,28 @@ class Sequences:
 
     def until(self, end_ms: int) -> Sequences:
         """The steps that end at `end_ms` or earlier."""
-        kept = self.end_ms <= end_ms
-        return Sequences(self.sensor[kept], self.end_ms[kept], self.values[kept], self.reset[kept])
+        return self.take(self.end_ms <= end_ms)
 
     def by_sensor(self) -> Sequences:
         """The same steps, sensor after sensor."""
-        order = np.argsort(self.sensor, kind="stable")
-        return Sequences(self.sensor[order], self.end_ms[order], self.values[order], self.reset[order])
+        return self.take(np.argsort(self.sensor, kind="stable"))
+
+    def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Sequences:
+        """The chosen steps, in the order given; a mask or positions."""
+        return Sequences(self.sensor[rows], self.end_ms[rows], self.values[rows], self.reset[rows])
+
+
+def joined(parts: Sequence[Sequences], channels: int) -> Sequences:
+    """One after the other."""
+    if not parts:
+        nothing = np.empty(0, np.int64)
+        return Sequences(nothing.astype(np.int32), nothing, np.empty((0, channels)), np.empty(0, np.bool_))
+    return Sequences(
+        np.concatenate([part.sensor for part in parts]),
+        np.concatenate([part.end_ms for part in parts]),
+        np.concatenate([part.values for part in parts]),
+        np.concatenate([part.reset for part in parts]),
+    )
 
 
 class Futures:
@@ -85,16 +101,36 @@ class Futures:
 def walk(
     sequences: Sequences, memory: SeriesMemory, forecasters: Sequence[Forecaster] = ()
 ) -> Iterator[tuple[Block, Context, list[Prediction]]]:
-    """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty."""
-    columns = [*memory.columns(), *(column for forecaster in forecasters for column in forecaster.columns())]
-    table = empty_rows(columns, sequences.sensors)
+    """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty. Each forecaster has
+    columns of its own, so that several may be of one kind."""
+    sensors = sequences.sensors
+    shared = _Rows(memory.columns(), sensors)
+    own = [_Rows(forecaster.columns(), sensors) for forecaster in forecasters]
     for block in iter_blocks(sequences.sensor, sequences.reset):
-        rows = {name: column[block.sensors] for name, column in table.items()}
-        refill(rows, columns, block.reset)
         steps = block.step_block(sequences.values, sequences.end_ms)
-        context = memory.advance(rows, steps)
-        yield block, context, [forecaster.advance(rows, steps, context) for forecaster in forecasters]
-        for name, column in table.items():
+        with shared.of(block) as rows:
+            context = memory.advance(rows, steps)
+        predictions = []
+        for forecaster, kept in zip(forecasters, own, strict=True):
+            with kept.of(block) as rows:
+                predictions.append(forecaster.advance(rows, steps, context))
+        yield block, context, predictions
+
+
+class _Rows:
+    """Columns of all sensors."""
+
+    def __init__(self, columns: Sequence[Column], sensors: int) -> None:
+        self._columns = columns
+        self._table = empty_rows(columns, sensors)
+
+    @contextmanager
+    def of(self, block: Block) -> Iterator[Rows]:
+        """The block's rows, to be stored back."""
+        rows = {name: column[block.sensors] for name, column in self._table.items()}
+        refill(rows, self._columns, block.reset)
+        yield rows
+        for name, column in self._table.items():
             column[block.sensors] = rows[name]
 
 

@@ -41,6 +41,8 @@ WEIGHT_DECAY = 3e-3
 LEAST_UPDATES = 32
 """Of the weights in an epoch: a short history goes through fewer lanes, so that it teaches as often."""
 LEAST_LANES = 8
+WARM_RATE = 0.5
+"""Of the learning rate, where trained weights are the beginning: they are to be corrected, not found."""
 PIECE_CHUNKS = 8
 """A sequence is trained on in pieces of at most so many chunks; each begins with an empty state, somewhere new every
 epoch."""
@@ -80,6 +82,8 @@ class TrainedModel:
     """sensors, steps, from_ms, to_ms (ends of the first and last step trained on)."""
     seconds: float
     seed: int
+    warm: bool = False
+    """It began with the weights of another; best_epoch 0: none of its own was better."""
 
     @property
     def net(self) -> Network:
@@ -117,9 +121,12 @@ def train(
     holdout: float = 0.2,
     seed: int = 0,
     threads: int = 0,
+    start: Neural | None = None,
     progress: Callable[[TrainingProgress], None] | None = None,
 ) -> TrainedModel:
     """Train on all but the newest share `holdout` of the steps; the weights of the best epoch are kept.
+
+    start: weights to begin with, if it is of the very same architecture; they are kept if no epoch does better.
 
     window: steps that the feed-forward network sees, default one season. lanes: at most so many sequences side by side,
     fewer where the history is short. The same seed on the same machine gives the
@@ -131,6 +138,10 @@ def train(
     started = time.monotonic()
     keras.utils.set_random_seed(seed)
     forecaster, shape = _untrained(spec, architecture, cell, units, layers, window, dropout, warmup_steps)
+    warm = start is not None and start.net.program is forecaster.net.program
+    if start is not None and warm:
+        forecaster.net.model.set_weights(start.net.model.get_weights())
+        learning_rate *= WARM_RATE
     sequences = sequences.by_sensor()
     if not len(sequences):
         raise TrainingError("0 steps of history: expected some hundred at least; widen the range of training")
@@ -142,14 +153,15 @@ def train(
     stopping_from_ms = kept.split_ms(STOPPING_SHARE)
     random = np.random.default_rng(seed)
     run = _Run(forecaster.net, examples, options, stopping_from_ms, cutoff_ms, random, progress, started)
-    history, best = run.fit()
+    history, best = run.fit(warm)
     data = {
         "sensors": len(np.unique(kept.sensor)),
         "steps": len(kept),
         "from_ms": int(kept.end_ms.min()),
         "to_ms": cutoff_ms,
     }
-    return TrainedModel(forecaster, shape, history, best, cutoff_ms, data, time.monotonic() - started, seed)
+    seconds = time.monotonic() - started
+    return TrainedModel(forecaster, shape, history, best, cutoff_ms, data, seconds, seed, warm)
 
 
 def figures(model: TrainedModel, sequences: Sequences, others: Sequence[Any] = ()) -> list[Figures]:
@@ -269,10 +281,10 @@ class _Run:
     def __post_init__(self) -> None:
         self._optimizer, self._step, self._loss = compile_steps(self.net, self.options.learning_rate)
 
-    def fit(self) -> tuple[list[dict[str, float]], int]:
-        """-> what each epoch gave, and the epoch whose weights were kept."""
+    def fit(self, warm: bool) -> tuple[list[dict[str, float]], int]:
+        """-> what each epoch gave, and the epoch whose weights were kept; 0: those that it began with, if `warm`."""
         history: list[dict[str, float]] = []
-        best, best_loss, weights = 0, np.inf, self.net.model.get_weights()
+        best, best_loss, weights = 0, self._stopping_loss() if warm else np.inf, self.net.model.get_weights()
         for epoch in range(1, self.options.epochs + 1):
             loss = self._epoch(epoch)
             stopping = self._stopping_loss()

@@ -22,6 +22,10 @@ COMMANDS: Final = {
     "replay": ("pipeline.commands.replay:replay", "A CSV or Parquet file into the readings topic."),
     "train": ("pipeline.commands.train:train", "A model from history."),
     "run": ("pipeline.commands.run:run", "The service: readings in, forecasts out."),
+    "models": (
+        "pipeline.commands.models:models",
+        "Models on their topic: list, show, promote, rollback, export, import.",
+    ),
     "state": ("pipeline.commands.state:state", "Sensor states in the changelog: show, check, reset."),
     "watch": ("pipeline.commands.watch:watch", "Live in the terminal: recent values and forecast."),
     "config": ("pipeline.commands.config:config", "The settings in force: show, validate."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -15,29 +15,21 @@ from pipeline.commands.common import CommandContext, with_context
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from models.forecaster import Forecaster
+    from pipeline.service.children import Companion
     from pipeline.service.worker import WorkerReport
     from pipeline.settings import Settings
 
 
 @click.command()
 @click.option("--exit-at-end", is_flag=True, help="Stop once the offsets found at the start have been reached.")
+@click.option("--with-trainer", is_flag=True, help="Start `millrace trainer` beside it, and stop it in the end.")
 @with_context
-def run(context: CommandContext, exit_at_end: bool) -> None:
-    """Read readings, close windows, forecast, write forecasts and dead letters; until SIGTERM or Ctrl-C."""
-    from pipeline.service.assembly import load_model, task_settings
-    from pipeline.service.serving import require_small_rows
+def run(context: CommandContext, exit_at_end: bool, with_trainer: bool) -> None:
+    """Read readings, close windows, forecast, write forecasts and dead letters; until SIGTERM or Ctrl-C.
 
+    The champion of the models topic answers; where there is none, the baseline, until the first one comes."""
     settings = context.settings
     _require_topics(settings)
-    model = load_model(settings)
-    if model is None:
-        context.note(
-            f"no model at {settings.model.path!r}: the baseline answers (status: baseline); `millrace train` makes one"
-        )
-    else:
-        context.note(f"model {model.version}")
-    require_small_rows(task_settings(settings), model, settings.readings.max_sensor_bytes)
 
     def progress(report: WorkerReport, lag: int) -> None:
         counts = report.counts
@@ -67,7 +59,8 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
         stop.set()
 
     signal.signal(signal.SIGINT, on_interrupt)
-    report = serve(context, settings, model, progress, stop, exit_at_end)
+    with _trainer(context) if with_trainer else nullcontext():
+        report = serve(context, settings, progress, stop, exit_at_end)
     row = _row(report)
     # So many columns would not fit into a terminal side by side.
     context.emit([row] if context.format == "json" else [{"what": k, "count": v} for k, v in row.items()], title="run")
@@ -78,27 +71,53 @@ def run(context: CommandContext, exit_at_end: bool) -> None:
 def serve(
     context: CommandContext,
     settings: Settings,
-    model: Forecaster | None,
     progress: Callable[[WorkerReport, int], None],
     stop: threading.Event,
     exit_at_end: bool,
 ) -> WorkerReport:
     """A worker with all that it needs, until it ends; whatever happens, everything is closed."""
     from pipeline.kafka.source import RecordSource
+    from pipeline.service.assembly import task_settings
     from pipeline.service.commit import make_committer, open_transactions
+    from pipeline.service.feed import ModelFeed
     from pipeline.service.metrics import WorkerMetrics, expose
+    from pipeline.service.serving import require_small_rows
+    from pipeline.service.versions import ensure_champion
     from pipeline.service.worker import Worker
 
+    core = task_settings(settings)
     with ExitStack() as stack:
         metrics = WorkerMetrics(stack.enter_context(expose(settings.http.address, settings.http.port)))
+        ensure_champion(settings)
+        feed = ModelFeed(settings, core.spec, metrics)
+        stack.callback(feed.close)
+        model = feed.first()
+        if model is None:
+            context.note(
+                f"no model on {settings.topics.models_topic}: the baseline answers (status: baseline); `millrace train` makes one"
+            )
+        else:
+            context.note(f"model {model.version}")
+        require_small_rows(core, model, settings.readings.max_sensor_bytes)
         transactions = open_transactions(settings)
         stack.callback(transactions.close)
         source = stack.enter_context(RecordSource(settings, settings.topics.readings_topic))
         committer = make_committer(settings, transactions, source)
         stack.callback(committer.close)
         bars = stack.enter_context(RestoreBars(context))
-        worker = Worker(settings, source, committer, model, progress, bars.show, metrics)
+        feed.start()
+        worker = Worker(settings, source, committer, model, progress, bars.show, metrics, feed)
         return worker.run(stop, exit_at_end)
+
+
+def _trainer(context: CommandContext) -> Companion:
+    """`millrace trainer` with the settings of this command."""
+    from pipeline.service.children import Companion
+
+    arguments = ["trainer", *(["--config", str(context.config)] if context.config else [])]
+    servers = context.overrides.get("kafka.bootstrap_servers")
+    arguments += ["--bootstrap-servers", servers] if servers else []
+    return Companion([*arguments, *(["-v"] if context.verbose else [])])
 
 
 class RestoreBars:
@@ -137,16 +156,17 @@ class RestoreBars:
 
 
 def _require_topics(settings: Settings) -> None:
-    """The four topics that the worker touches exist, partition p of one goes with p of the others, and states are not
-    deleted by age."""
+    """The topics that the worker touches exist, partition p of one goes with p of the others, and neither states
+    nor models are deleted by age."""
     from pipeline.errors import DeploymentError
     from pipeline.kafka.topics import check
 
     topics = settings.topics
-    touched = (topics.readings_topic, topics.forecasts_topic, topics.dead_letters_topic, topics.state_topic)
+    kept = (topics.state_topic, topics.models_topic)
+    touched = (topics.readings_topic, topics.forecasts_topic, topics.dead_letters_topic, topics.scores_topic, *kept)
     for finding in check(settings):
         needed = finding.what == "topic" or finding.what.startswith("partitions")
-        compaction = finding.topic == topics.state_topic and finding.what == "cleanup.policy"
+        compaction = finding.topic in kept and finding.what == "cleanup.policy"
         if finding.topic in touched and (needed or compaction):
             raise DeploymentError(
                 f'topic "{finding.topic}": {finding.what}: expected {finding.expected}, found {finding.found}; {finding.mend}'
@@ -168,5 +188,6 @@ def _row(report: WorkerReport) -> dict[str, object]:
         "restored": report.restored,
         "read again": report.rebuilt,
         "checkpoints": report.checkpoints,
+        "model swaps": report.swaps,
         "seconds": round(report.seconds, 1),
     }

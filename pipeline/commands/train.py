@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from models.evaluation import Figures
     from models.training import TrainedModel, TrainingProgress
+    from pipeline.service.fitting import Trained
     from pipeline.service.history import History
-    from pipeline.service.trainer import Trained
 
 
 @click.command()
@@ -44,7 +44,7 @@ def train(
     The newest share `training.holdout` of the history is not trained on; the figures are measured there, in standard
     deviations of each sensor."""
     from pipeline.service.assembly import task_settings
-    from pipeline.service.trainer import fit
+    from pipeline.service.fitting import fit
 
     if not files and any(value for name, value in layout.items() if name != "decimal" and name != "field"):
         raise SettingsError(

@@ -7,7 +7,7 @@ The commit protocol, in the order of the code:
 2. send             every batch, whole, one future a batch
 3. flush            and ask every future: the client's flush() itself swallows failures
 4. require open     the producer is still in the transaction that it began
-5. send offsets     with the group's metadata as it was when the partitions were known to be ours
+5. send offsets     with the group's metadata as it was when the partitions were known to be ours; left out where there is no group
 6. commit           within a time limit
 
 Whatever goes wrong, and wherever, one rule holds: the producer is thrown away, and `TransactionFailed` is raised. Whether the
@@ -25,7 +25,7 @@ kafka-python 3.0.12 needs the following guards (numbers as in tests/contract/tes
 | 4 after an epoch bump in mid-transaction the producer calls itself ready | step 4 |
 | 5 commit with unsent batches stops lingering for good: a request a batch from then on | step 3 comes before step 6 |
 | 6 init, offsets, commit and abort wait without a limit | each runs on a thread that is given up after a while (abort is not needed) |
-| 7 a fenced producer takes a fresh id and goes on | step 5 names member and generation, and a fenced member stops |
+| 7 a fenced producer takes a fresh id and goes on | step 5 names member and generation, and a fenced member stops (see `commit`) |
 | 8 the first request of a transaction waits `retry_backoff_ms` for the one before | `retry_backoff_ms` is 5 |
 | 9 a batch that expired while it was retried breaks the sender thread's state | a producer is never used after a failure |
 """
@@ -98,19 +98,28 @@ class TransactionalSink:
         """How many partitions the topic has. Raises DeploymentError where it does not exist."""
         return self._records.partitions(topic)
 
-    def commit(self, batches: Sequence[OutgoingRecords], offsets: Mapping[int, int], membership: Membership) -> None:
+    def commit(
+        self, batches: Sequence[OutgoingRecords], offsets: Mapping[int, int], membership: Membership | None
+    ) -> None:
         """Commits all of it or nothing: when this returns, readers of committed records see the batches, and the group
         stands at the offsets (the next to read, by input partition).
+
+        membership: None where no group is concerned, and `offsets` empty. The transactional id alone then keeps two writers
+        apart: the one that was opened first fails, once. After `settle` it is the other's turn to fail, so whoever commits without
+        a group reads what is committed before it tries again.
 
         Raises TransactionFailed where it may or may not have been committed, and DeploymentError where trying again cannot
         help. Either way the producer is gone; `settle` before the next commit.
         """
+        if offsets and membership is None:
+            raise ValueError(f"offsets {dict(offsets)} came without a membership: whose are they?")
         try:
             self._begin()
             self._send(batches)
             self._flush()
             self._require_open()
-            self._send_offsets(offsets, membership)
+            if membership is not None:
+                self._send_offsets(offsets, membership)
             self._commit()
         except DeploymentError as error:
             self._records.abandon()
@@ -236,8 +245,8 @@ def bounded(what: str, timeout_seconds: float, call: Callable[..., R], *argument
         raise KafkaTimeoutError(f"{what}: no answer within {timeout_seconds:.0f} s") from None
 
 
-def _final(error: Exception, membership: Membership) -> DeploymentError:
-    if isinstance(error, FencedInstanceIdError):
+def _final(error: Exception, membership: Membership | None) -> DeploymentError:
+    if isinstance(error, FencedInstanceIdError) and membership is not None:
         return fenced(membership.instance_id)
     return DeploymentError(
         f"committing a transaction: {describe(error)}; check the ACLs of the group, the topics and the transactional id"

@@ -37,7 +37,14 @@ def task_settings(settings: Settings) -> TaskSettings:
         max_bytes=readings.max_bytes,
         max_sensor_bytes=readings.max_sensor_bytes,
     )
-    return TaskSettings(format, rule, series_spec(settings, rule), windows.late == "dead-letter")
+    return TaskSettings(
+        format,
+        rule,
+        series_spec(settings, rule),
+        windows.late == "dead-letter",
+        settings.model.rewarm_steps,
+        settings.scoring.leads,
+    )
 
 
 def series_spec(settings: Settings, rule: WindowRule) -> SeriesSpec:

@@ -1,18 +1,26 @@
-"""Programs started beside this one: their output goes to a file, they end with us, and when one fails its last lines are told."""
+"""Programs started beside this one. A `Child`'s output goes to a file, and when it fails its last lines are told; a `Companion` speaks
+where we speak, and is started again when it ends. Both end with us."""
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Self
 
 from pipeline.errors import DeploymentError
 
+log = logging.getLogger(__name__)
+
 STOP_SECONDS: Final = 15.0
+RESTART_SECONDS: Final = 10.0
+PARENT: Final = "MILLRACE_PARENT"
+"""Environment of a companion: the process that it belongs to."""
 _LAST_LINES: Final = 12
 
 
@@ -91,3 +99,56 @@ class Child:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+class Companion:
+    """`millrace ARGUMENTS…` beside this process for as long as the context lasts: our environment, our standard error.
+
+    When it ends by itself it is started again, after a while. It notices by itself when we are gone without a word
+    (`ended_with_parent`)."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._command = [sys.executable, "-m", "pipeline.cli", *arguments]
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._look_after, name="millrace: companion", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _look_after(self) -> None:
+        environment = os.environ | {PARENT: str(os.getpid())}
+        while not self._stop.is_set():
+            process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr.fileno(),
+                env=environment,
+                start_new_session=True,
+            )
+            while process.poll() is None and not self._stop.wait(0.2):
+                pass
+            if process.poll() is None:
+                _end(process)
+            elif not self._stop.is_set():
+                log.warning("millrace %s ended with status %d: starting it again", self._command[3], process.returncode)
+                self._stop.wait(RESTART_SECONDS)
+
+
+def ended_with_parent() -> bool:
+    """Whether the process that this one accompanies is gone."""
+    parent = os.environ.get(PARENT)
+    return parent is not None and os.getppid() != int(parent)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from models.sequences import Sequences
+from models.sequences import Sequences, joined
 from pipeline.errors import DeploymentError
 from pipeline.kafka.source import RecordSource
 from pipeline.service.files import FileBatch
-from pipeline.stream.columns import Int32, Readings, Steps
+from pipeline.stream.columns import Bool, Readings, RecordColumns, Steps
 from pipeline.stream.task import StepTask, TaskSettings
 
 POLL_TIMEOUT_MS = 500
+FEWEST_SENSORS = 32
+"""Fewer would be no fleet: then time goes before sensors do."""
 
 
 @dataclass(slots=True)
 class History:
-    """Closed windows of many sensors, gathered partition by partition."""
+    """Closed windows of many sensors, gathered partition by partition.
+
+    most_steps: what may be held in memory. Of a larger history every second, fourth, eighth ... sensor is kept, chosen by its name
+    alone, so that the choice is the same in every run; where few sensors are left, the older half of the time goes.
+    """
 
     settings: TaskSettings
+    most_steps: int | None = None
     sensors: list[str] = field(default_factory=list)
     readings: int = 0
     rejected: int = 0
+    one_in: int = 1
+    """Of so many sensors one was kept."""
     _ids: dict[bytes, int] = field(default_factory=dict)
-    _parts: list[tuple[Int32, Steps]] = field(default_factory=list)
+    _kept: list[bool] = field(default_factory=list)
+    _parts: list[Sequences] = field(default_factory=list)
+    _held: int = 0
 
     def add(self, task: StepTask, steps: Steps) -> None:
         """Take over the steps that closed in one task; a sensor is known by its name whatever its partition."""
@@ -40,8 +52,16 @@ class History:
             if name not in self._ids:
                 self._ids[name] = len(self.sensors)
                 self.sensors.append(name.decode())
+                self._kept.append(_is_kept(name, self.one_in))
             ids[slot] = self._ids[name]
-        self._parts.append((ids[steps.slot], steps))
+        sensor = ids[steps.slot]
+        self._append(Sequences(sensor, steps.end_ms, steps.values, steps.reset).take(np.array(self._kept)[sensor]))
+        while self.most_steps is not None and self._held > self.most_steps:
+            self._thin_out()
+
+    def forget_before(self, end_ms: int) -> None:
+        """Steps that ended at or before this time are given up."""
+        self._keep(lambda steps: steps.end_ms > end_ms)
 
     def sequences(
         self, from_ms: int | None = None, to_ms: int | None = None, newest_ms: int | None = None
@@ -49,24 +69,101 @@ class History:
         """Steps whose windows end inside (from_ms, to_ms], and no earlier than newest_ms before the last one.
 
         Raises DeploymentError if there are none."""
-        if self._parts:
-            sensor = np.concatenate([ids for ids, _ in self._parts])
-            end_ms = np.concatenate([steps.end_ms for _, steps in self._parts])
-            keep = np.ones(len(sensor), np.bool_)
-            if from_ms is not None:
-                keep &= end_ms > from_ms
-            if to_ms is not None:
-                keep &= end_ms <= to_ms
-            if newest_ms is not None and keep.any():
-                keep &= end_ms > end_ms[keep].max() - newest_ms
-            if keep.any():
-                values = np.concatenate([steps.values for _, steps in self._parts])
-                reset = np.concatenate([steps.reset for _, steps in self._parts])
-                return Sequences(sensor[keep], end_ms[keep], values[keep], reset[keep])
+        found = self._joined()
+        keep = np.ones(len(found), np.bool_)
+        if from_ms is not None:
+            keep &= found.end_ms > from_ms
+        if to_ms is not None:
+            keep &= found.end_ms <= to_ms
+        if newest_ms is not None and keep.any():
+            keep &= found.end_ms > found.end_ms[keep].max() - newest_ms
+        if keep.any():
+            return found.take(keep)
         raise DeploymentError(
             f"no closed window in the history: {self.readings} readings were read, {self.rejected} records were refused; "
             "check the range (--from, --to), readings.fields and readings.event_time"
         )
+
+    def _append(self, part: Sequences) -> None:
+        self._parts.append(part)
+        self._held += len(part)
+
+    def _joined(self) -> Sequences:
+        if len(self._parts) != 1:
+            self._parts = [joined(self._parts, len(self.settings.rule.channels))]
+        return self._parts[0]
+
+    def _keep(self, chosen: Callable[[Sequences], Bool]) -> None:
+        whole = self._joined()
+        self._parts = [whole.take(chosen(whole))]
+        self._held = len(self._parts[0])
+
+    def _thin_out(self) -> None:
+        if sum(self._kept) >= 2 * FEWEST_SENSORS:
+            self.one_in *= 2
+            self._kept = [_is_kept(name, self.one_in) for name in self._ids]
+            kept = np.array(self._kept)
+            self._keep(lambda steps: kept[steps.sensor])
+        else:
+            middle = int(np.median(self._joined().end_ms))
+            self.forget_before(middle)
+
+
+def _is_kept(name: bytes, one_in: int) -> bool:
+    return zlib.crc32(name) % one_in == 0
+
+
+class TopicHistory:
+    """The past of a topic, read on from where the last call came to.
+
+    from_ms: record timestamps, epoch ms; None = the whole log. Belongs to a source without a group."""
+
+    def __init__(
+        self, settings: TaskSettings, source: RecordSource, from_ms: int | None = None, most_steps: int | None = None
+    ) -> None:
+        self.history = History(settings, most_steps)
+        self._source = source
+        everything = source.partitions  # none is assigned before the first poll
+        beginning = source.beginning_offsets(everything)
+        self._next = beginning if from_ms is None else source.offsets_for_time(from_ms, everything)
+        self._tasks = {partition: StepTask(settings) for partition in everything}
+        source.on_assigned = self._begin
+
+    def read(self, to_ms: int | None = None, on_progress: Callable[[int, int], None] | None = None) -> History:
+        """Up to the end found now, or to record timestamp to_ms. on_progress(read, total) in offsets; what it raises ends the
+        reading, and the next call goes on there."""
+        source = self._source
+        end = source.end_offsets(list(self._next))
+        if to_ms is not None:
+            until = source.offsets_for_time(to_ms, list(self._next))
+            end = {partition: min(end[partition], until[partition]) for partition in end}
+        start = dict(self._next)
+        total = sum(max(end[partition] - start[partition], 0) for partition in end)
+        while any(self._next[partition] < end[partition] for partition in end):
+            for records in source.poll(POLL_TIMEOUT_MS):
+                self._take(records, end[records.partition])
+            for partition, position in source.positions().items():
+                self._next[partition] = max(self._next[partition], min(position, end[partition]))
+            if on_progress:
+                on_progress(sum(max(min(self._next[p], end[p]) - start[p], 0) for p in end), total)
+        for partition in end:
+            source.seek(partition, self._next[partition])
+        return self.history
+
+    def _begin(self, partitions: Sequence[int]) -> None:
+        for partition in partitions:
+            self._source.seek(partition, self._next[partition])
+
+    def _take(self, records: RecordColumns, end: int) -> None:
+        records = records.take((records.offsets < end) & (records.offsets >= self._next[records.partition]))
+        if not len(records):
+            return
+        task = self._tasks[records.partition]
+        steps, readings, rejected = task.process(records)
+        self._next[records.partition] = int(records.offsets[-1]) + 1
+        self.history.readings += len(readings)
+        self.history.rejected += len(rejected)
+        self.history.add(task, steps)
 
 
 def from_topic(
@@ -79,39 +176,7 @@ def from_topic(
     """Read the topic's past up to the end found at the start.
 
     from_ms, to_ms: record timestamps, epoch ms; None = the whole log. on_progress(read, total) in offsets."""
-    history = History(settings)
-    everything = source.partitions  # none is assigned before the first poll
-    start = source.beginning_offsets(everything) if from_ms is None else source.offsets_for_time(from_ms, everything)
-    end = source.end_offsets(everything)
-    if to_ms is not None:
-        until = source.offsets_for_time(to_ms, everything)
-        end = {partition: min(end[partition], until[partition]) for partition in end}
-
-    def begin(partitions: Sequence[int]) -> None:
-        for partition in partitions:
-            source.seek(partition, start[partition])
-
-    source.on_assigned = begin
-    tasks = {partition: StepTask(settings) for partition in end}
-    total = sum(max(end[partition] - start[partition], 0) for partition in end)
-    while any(
-        source.positions().get(partition, 0) < end[partition] for partition in end if start[partition] < end[partition]
-    ):
-        for records in source.poll(POLL_TIMEOUT_MS):
-            if int(records.offsets[-1]) >= end[records.partition]:
-                records = records.take(records.offsets < end[records.partition])
-            if not len(records):
-                continue
-            task = tasks[records.partition]
-            steps, readings, rejected = task.process(records)
-            history.readings += len(readings)
-            history.rejected += len(rejected)
-            history.add(task, steps)
-        if on_progress:
-            positions = source.positions()
-            read = sum(min(positions.get(p, start[p]), end[p]) - start[p] for p in end if start[p] < end[p])
-            on_progress(read, total)
-    return history
+    return TopicHistory(settings, source, from_ms).read(to_ms, on_progress)
 
 
 def from_batches(settings: TaskSettings, batches: Iterable[FileBatch]) -> History:

@@ -10,6 +10,14 @@ millrace_checkpoints_total                   checkpoints of a partition written
 millrace_checkpoint_bytes_total              what they held, before compression
 millrace_checkpoint_timestamp_seconds{partition}   when a partition's newest was written, epoch
 millrace_partitions{phase}                   restoring | serving
+millrace_model_info{version}                 1 for the champion that this worker serves
+millrace_model_swaps_total                   partitions that a new champion has taken over
+millrace_model_swap_duration_seconds         how long a partition's answers waited for that
+millrace_model_load_failures_total           champions that could not be loaded: the one before goes on serving
+millrace_score_labels_total{forecaster,lead} forecasts whose truth has come; the following are sums over them, so that a quotient of
+                                             rates is a mean: errors in running standard deviations of each sensor
+millrace_score_absolute_error_total, millrace_score_squared_error_total, millrace_score_pinball_loss_total,
+millrace_score_covered_total                 truths between the outermost quantiles
 """
 
 from __future__ import annotations
@@ -20,8 +28,18 @@ from contextlib import contextmanager, suppress
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
 
 from pipeline.errors import DeploymentError
+from pipeline.stream.scoring import MEASURES, Scores
 
+MODEL = "Millrace"
+"""How the model is called beside the baselines, whatever its version: labels stay few."""
 SLOW = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+SCORE_TEXTS = (
+    "Forecasts whose truth has come.",
+    "Their absolute errors, in running standard deviations of the sensor.",
+    "Their squared errors, likewise.",
+    "Their pinball loss, mean over the levels.",
+    "Truths between the outermost quantiles.",
+)
 FAST = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 
 
@@ -64,9 +82,41 @@ class WorkerMetrics:
         self.partitions = Gauge(
             "millrace_partitions", "Partitions of this worker, by phase.", ["phase"], registry=registry
         )
+        self.model_info = Gauge(
+            "millrace_model_info", "The champion that this worker serves.", ["version"], registry=registry
+        )
+        self.swaps = Counter(
+            "millrace_model_swaps", "Partitions that a new champion has taken over.", registry=registry
+        )
+        self.swap_seconds = Histogram(
+            "millrace_model_swap_duration_seconds",
+            "How long a partition's answers waited for a new champion to take over.",
+            buckets=FAST,
+            registry=registry,
+        )
+        self.load_failures = Counter(
+            "millrace_model_load_failures", "Champions that could not be loaded.", registry=registry
+        )
+        self._scores = [
+            Counter(f"millrace_score_{measure}", text, ["forecaster", "lead"], registry=registry)
+            for measure, text in zip(MEASURES, SCORE_TEXTS)
+        ]
         for result in ("committed", "failed"):
             self.transactions.labels(result)
         self.show_partitions(0, 0)
+
+    def show_model(self, version: str) -> None:
+        self.model_info.clear()
+        if version:
+            self.model_info.labels(version).set(1)
+
+    def score(self, scores: Scores) -> None:
+        """Add up what closed windows have shown."""
+        total = scores.sums.sum(axis=0)
+        for forecaster, sums in ((MODEL, total[0]), (scores.baseline, total[1])):
+            for counter, row in zip(self._scores, sums.tolist()):
+                for lead, value in zip(scores.leads, row):
+                    counter.labels(forecaster, str(lead)).inc(value)
 
     def show_partitions(self, restoring: int, serving: int) -> None:
         self.partitions.labels("restoring").set(restoring)

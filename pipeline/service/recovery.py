@@ -4,8 +4,8 @@
     changelog                 s   checkpoint: the state after the readings before s
     group                            c   committed: everything before c has been answered
 
-Restore the checkpoint, read [s, c) again in silence, answer from c on. Where that cannot be, a person decides: nothing here starts
-again from nothing without being told to.
+Restore the checkpoint, read [s, c) again in silence, answer from c on. A model that is not the checkpoint's takes over at c.
+Where that cannot be, a person decides: nothing here starts again from nothing without being told to.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Found:
     committed: int | None
     manifest: Manifest | None
     model: str
-    """Version of the model that this worker serves with; empty: none."""
-    model_path: str
+    """Version of the champion; empty: there is none."""
+    models_topic: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +76,13 @@ def plan_start(found: Found) -> Start:
             "to answer again from there, `millrace state reset` lets the states be rebuilt from the log; or set the offset "
             "forward again",
         )
-    if manifest.sensors and manifest.model != found.model:
-        return _another_model(found, manifest, committed)
+    if manifest.sensors and manifest.model and not found.model:
+        raise _stop(
+            found,
+            f'the states are those of model {manifest.model}, and topic "{found.models_topic}" names no champion',
+            "put a model into service (`millrace models import FOLDER --promote`), or restore the topic; or `millrace state "
+            "reset` lets the states be rebuilt for the baseline alone",
+        )
     if not found.beginning <= manifest.offset <= found.end:
         raise _stop(
             found,
@@ -85,7 +90,11 @@ def plan_start(found: Found) -> Start:
             f"that it has yet to take in, up to the committed offset {committed}, are gone",
             "lengthen topics.readings_retention; `millrace state reset` lets the states be rebuilt from what is left",
         )
-    return Start(True, manifest.offset, committed)
+    note = ""
+    if manifest.sensors and manifest.model != found.model:
+        was = f"model {manifest.model}" if manifest.model else "no model"
+        note = f"the states were made with {was}: from offset {committed} on {found.model} answers"
+    return Start(True, manifest.offset, committed, note)
 
 
 def _first_start(found: Found) -> Start:
@@ -108,23 +117,6 @@ def _without_checkpoint(found: Found, committed: int) -> Start:
             "restore the state topic; or `millrace state reset` lets them be rebuilt from what is left",
         )
     return Start(False, 0, committed, f"no checkpoint: reading the log from its beginning to offset {committed}")
-
-
-def _another_model(found: Found, manifest: Manifest, committed: int) -> Start:
-    if not found.model:
-        raise _stop(
-            found,
-            f'the states are those of model {manifest.model}, and there is no model at model.path = "{found.model_path}"',
-            "put the model back; or `millrace state reset` lets the states be rebuilt for the baseline alone",
-        )
-    was = f"model {manifest.model}" if manifest.model else "no model"
-    cut = f", of which offsets before {found.beginning} are gone" if found.beginning else ""
-    return Start(
-        False,
-        found.beginning,
-        committed,
-        f"the states were made with {was}, now {found.model} serves: reading the log from its beginning{cut}",
-    )
 
 
 def _stop(found: Found, what: str, mend: str) -> DeploymentError:

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import msgspec
 import numpy as np
 
 from pipeline.errors import DeploymentError
@@ -186,10 +185,9 @@ def _finding(
 
 def _shape_difference(settings: Settings, checkpoint: Checkpoint) -> str:
     """Columns of the model are the model's affair; all others follow from the settings."""
-    table = ForecastTask(task_settings(settings)).table
-    own = tuple(spec for spec in checkpoint.manifest.columns if spec.name in table.columns or spec.name[:4] != "rnn.")
+    task = ForecastTask(task_settings(settings))
     try:
-        require_columns(msgspec.structs.replace(checkpoint.manifest, columns=own), table)
+        require_columns(checkpoint.manifest, task.table, task.lasting_columns())
     except CheckpointError as error:
         return f"{error}; set the settings back, or millrace state reset"
     return ""

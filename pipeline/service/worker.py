@@ -5,7 +5,9 @@ The order of one round, and what a crash after each step leaves behind:
 2. run the tasks     nothing happened outside this process
 3. settle            a commit whose fate is not known is decided before the next one
 4. restore           partitions that arrived get their states back, a piece a round, while the others are served
-5. commit            forecasts, dead letters, due checkpoints and offsets, all or nothing (pipeline/kafka/transactions.py)
+5. commit            forecasts, dead letters, scores, due checkpoints and offsets, all or nothing (pipeline/kafka/transactions.py)
+6. swap              a new champion takes over one partition a round, once nothing is left to commit; its states are a checkpoint of the
+                     next round, so that no answer of it can be out before them
 
 State lives in the tasks and runs ahead of what is committed by one round at most. A commit that fails is tried again with the very
 same content; a partition that is taken away takes its uncommitted work with it, because whoever has it now makes the same again
@@ -22,13 +24,14 @@ from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry
 
-from models.forecaster import Forecaster
+from models.forecaster import Model
 from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.changelog import Restore
 from pipeline.kafka.source import OffsetsUnstable, RecordSource
 from pipeline.kafka.transactions import TransactionFailed
 from pipeline.service.assembly import task_settings
 from pipeline.service.commit import Committer, PartitionWork
+from pipeline.service.feed import ModelFeed
 from pipeline.service.metrics import WorkerMetrics
 from pipeline.service.serving import Serving, begin
 from pipeline.settings import Settings
@@ -60,6 +63,8 @@ class WorkerReport:
     rebuilt: int = 0
     """Records read again in silence."""
     checkpoints: int = 0
+    swaps: int = 0
+    """Partitions that a new champion has taken over."""
     sensors: int = 0
     partitions: int = 0
     """Assigned now; 0 while the group has given none."""
@@ -93,10 +98,11 @@ class Worker:
         settings: Settings,
         source: RecordSource,
         committer: Committer,
-        model: Forecaster | None = None,
+        model: Model | None = None,
         on_progress: Callable[[WorkerReport, int], None] | None = None,
         on_restore: Callable[[int, int, int], None] | None = None,
         metrics: WorkerMetrics | None = None,
+        feed: ModelFeed | None = None,
     ) -> None:
         self.settings = settings
         self.source = source
@@ -104,6 +110,8 @@ class Worker:
         self.model = model
         self.report = WorkerReport()
         self.metrics = metrics or WorkerMetrics(CollectorRegistry())
+        self._feed = feed
+        self.metrics.show_model(model.version if model else "")
         self._task_settings = task_settings(settings)
         self._serving: dict[int, Serving] = {}
         self._arrivals: dict[int, _Arrival] = {}
@@ -150,6 +158,8 @@ class Worker:
             self._restore_more()
         self._gather(at_end)
         self._commit()
+        if not at_end:
+            self._swap()
 
     # -- partitions come and go: called inside poll
 
@@ -270,9 +280,11 @@ class Worker:
 
     def _process(self, records: RecordColumns) -> None:
         serving = self._serving[records.partition]
-        output = serving.run(records, self.settings.topics, _now_ms())
-        replayed = len(records) - output.counts.records
-        self.report.counts.add(output.counts)
+        counts, scores = serving.run(records, _now_ms())
+        for found in scores:
+            self.metrics.score(found)
+        replayed = len(records) - counts.records
+        self.report.counts.add(counts)
         self.report.rebuilt += replayed
         self.metrics.replayed_records.inc(replayed)
 
@@ -284,12 +296,34 @@ class Worker:
             if partition in self._work or partition not in positions:
                 continue  # its last work is not committed yet, or a rebalance is just taking it away
             if silence_ms is not None and not at_end:
-                self.report.counts.forecasts += serving.speak_provisionally(
-                    now_ms, silence_ms, self.source.topic, self.settings.topics
-                )
+                self.report.counts.forecasts += serving.speak_provisionally(now_ms, silence_ms, self.source.topic)
             work = serving.work(positions[partition], now_ms, at_end)
             if work is not None:
                 self._work[partition] = work
+
+    # -- models
+
+    def _swap(self) -> None:
+        """Lets the newest champion take over one partition that another model still serves."""
+        champion = self._feed.take() if self._feed else None
+        if champion is not None:
+            self.model = champion
+            self.metrics.show_model(champion.version)
+        if self.model is None or self._work or self._in_doubt:
+            return
+        for partition, serving in sorted(self._serving.items()):
+            if serving.version == self.model.version:
+                continue
+            if serving.awaited:
+                serving.awaited = self.model  # it is still reading again: it begins with the newest
+                continue
+            before = serving.version or "the baseline"
+            with self.metrics.swap_seconds.time():
+                serving.swap(self.model, _now_ms())
+            self.metrics.swaps.inc()
+            self.report.swaps += 1
+            log.info("partition %d: %s takes over from %s", partition, self.model.version, before)
+            return
 
     # -- committing
 

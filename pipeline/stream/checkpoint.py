@@ -169,7 +169,7 @@ class CheckpointWriter:
         """written: the keys that the topic holds already; those that are no part of the next checkpoint are deleted with it.
         If `table` was restored from them, call `restored`."""
         self._table = table
-        self._group, self._model = group, model
+        self._group, self._model, self._max_sensor_bytes = group, model, max_sensor_bytes
         self._slots = block_slots(table.columns.values(), max_sensor_bytes)
         self._columns = tuple(map(_spec, table.columns.values()))
         self._partition_columns = tuple(_array_spec(name, value) for name, value in sorted(table.partition.items()))
@@ -185,6 +185,10 @@ class CheckpointWriter:
         self._checksums = {kind: list(sums) for kind, sums in manifest.checksums.items()}
         self._named = manifest.sensors
         self._table.all_saved()
+
+    def successor(self, model: str) -> CheckpointWriter:
+        """The writer for the same table once another model has brought its columns: its first capture is everything."""
+        return CheckpointWriter(self._table, self._group, model, self._max_sensor_bytes, self._written_keys)
 
     def capture(self, offset: int) -> Capture:
         """What changed since the last capture, as records. offset: the input offset to read next."""
@@ -270,19 +274,32 @@ def assemble(manifest: Manifest, blocks: Mapping[bytes, bytes]) -> Checkpoint:
     return Checkpoint(manifest, Snapshot(tuple(sensors), rows, partition))
 
 
-def require_columns(manifest: Manifest, table: SensorTable) -> None:
-    """Raises CheckpointError unless the checkpoint's rows are what the table holds."""
+def require_columns(manifest: Manifest, table: SensorTable, names: Iterable[str] | None = None) -> None:
+    """Raises CheckpointError unless the checkpoint's rows are what the table holds. names: only these columns of the rows are
+    looked at, and those of the partition."""
+    different = different_columns(manifest, table)
+    if names is not None:
+        rows = {spec.name for spec in manifest.columns} | table.columns.keys()
+        different = {name: shapes for name, shapes in different.items() if name not in rows or name in set(names)}
+    if different:
+        name, (theirs, ours) = min(different.items())
+        raise CheckpointError(
+            "columns",
+            f"its column {name} is {theirs}, these settings give {ours}"
+            + (f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""),
+        )
+
+
+def different_columns(manifest: Manifest, table: SensorTable) -> dict[str, tuple[str, str]]:
+    """Columns that are not the same in both: name -> shape in the checkpoint, shape in the table."""
     theirs = {spec.name: spec for spec in (*manifest.columns, *manifest.partition_columns)}
     ours = {spec.name: spec for spec in map(_spec, table.columns.values())}
     ours |= {name: _array_spec(name, value) for name, value in table.partition.items()}
-    different = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
-    if different:
-        name = different[0]
-        raise CheckpointError(
-            "columns",
-            f"its column {name} is {_shape(theirs.get(name))}, these settings give {_shape(ours.get(name))}"
-            + (f" (and {len(different) - 1} more differ)" if len(different) > 1 else ""),
-        )
+    return {
+        name: (_shape(theirs.get(name)), _shape(ours.get(name)))
+        for name in theirs.keys() | ours.keys()
+        if theirs.get(name) != ours.get(name)
+    }
 
 
 class _OnlyLayout(msgspec.Struct):
@@ -372,6 +389,10 @@ class CheckpointPolicy:
     def should_checkpoint(self, now_ms: int, offset: int) -> bool:
         """offset: the next to read."""
         return now_ms >= self._next_ms and offset != self.stands_at
+
+    def demand(self, now_ms: int) -> None:
+        """The state has been changed by something else than readings: due at once, wherever it stands."""
+        self.stands_at, self._next_ms = None, now_ms
 
     def done(self, now_ms: int, took_ms: int, offset: int) -> None:
         self.stands_at = offset

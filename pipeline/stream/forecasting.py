@@ -17,10 +17,14 @@ from numpy.typing import NDArray
 
 from models.baselines import LastValue, SeasonalNaive
 from models.blocks import Block, iter_blocks
-from models.features import SeriesMemory
-from models.forecaster import Column, Forecaster, Prediction, SeriesSpec, StepBlock
-from pipeline.stream.columns import BASELINE, OK, STALE, WARMING, Bool, Float32, Int32, Steps
-from pipeline.stream.state import SensorTable
+from models.features import SeriesMemory, look_back
+from models.forecaster import Column, Forecaster, Model, Prediction, SeriesSpec, StepBlock
+from pipeline.stream.columns import BASELINE, OK, STALE, WARMING, Bool, Float32, Float64, Int32, Int64, Steps
+from pipeline.stream.scoring import Scorer, default_leads
+from pipeline.stream.state import STEPS, SensorTable
+
+REBUILD_ROWS = 1024
+"""Sensors at a time that are run through a new model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,23 +41,64 @@ class Answers:
     """(m)"""
     known: Bool
     """(m) False where no target has ever been observed: there is nothing to say yet."""
+    scores: Float64
+    """(m, 2, 5, L) what was said of these steps earlier, against what they brought (`Scorer`)."""
 
 
 class Forecasting:
-    """Memory, baseline and (once there is one) model over the rows of a SensorTable."""
+    """Memory, baseline and (once there is one) model over the rows of a SensorTable, and the scores of what they said.
 
-    def __init__(self, spec: SeriesSpec, model: Forecaster | None = None) -> None:
-        if model is not None and model.spec != spec:
-            raise ValueError(f"the model was made for {model.spec}, the stream delivers {spec}")
-        self.spec = spec
-        self.memory = SeriesMemory(spec)
-        self.baseline: Forecaster = SeasonalNaive(spec) if spec.seasons else LastValue(spec)
-        self.model = model
+    spec: the series as the stream delivers it. A model brings its own horizon and quantiles, and the baseline and the scores
+    follow it: what is served may so change its shape while it runs. rewarm_steps: how far back a new model is run through what
+    is remembered. leads: scored ones; those beyond the horizon are left out; empty: `default_leads`.
+    """
+
+    def __init__(
+        self, spec: SeriesSpec, model: Model | None = None, rewarm_steps: int = 0, leads: tuple[int, ...] = ()
+    ) -> None:
+        self._leads = leads
+        self._rewarm_steps = rewarm_steps
+        self._set_model(spec, model)
         self._names = [column.name for column in self.columns()]
 
+    def _set_model(self, spec: SeriesSpec, model: Model | None) -> None:
+        if model is not None:
+            require_series(model.spec, spec)
+        self.spec = spec = model.spec if model else spec
+        self.memory = SeriesMemory(spec, look_back(spec) + self._rewarm_steps)
+        self.baseline: Forecaster = SeasonalNaive(spec) if spec.seasons else LastValue(spec)
+        self.model = model
+        self.scorer = Scorer(
+            spec, [lead for lead in self._leads if lead <= spec.horizon] or default_leads(spec.horizon)
+        )
+
     def columns(self) -> tuple[Column, ...]:
-        model = self.model.columns() if self.model else ()
-        return (*self.memory.columns(), *self.baseline.columns(), *model)
+        return (*self.lasting_columns(), *self.model_columns())
+
+    def lasting_columns(self) -> tuple[Column, ...]:
+        """What no change of the model touches."""
+        return (*self.memory.columns(), *self.baseline.columns())
+
+    def model_columns(self) -> tuple[Column, ...]:
+        """Those that another model brings in another shape, or begins anew."""
+        return (*self.scorer.columns(), *(self.model.columns() if self.model else ()))
+
+    def swap(self, model: Model | None, table: SensorTable, end_ms: Int64) -> None:
+        """Another model from here on: its columns are filled by running the steps that are remembered of each sensor through it.
+        end_ms: (sensors) end of each sensor's last step. What the old one had said of steps to come is not scored."""
+        gone = [column.name for column in self.model_columns()]
+        self._set_model(self.spec, model)
+        table.replace_columns(gone, self.model_columns())
+        self._names = [column.name for column in self.columns()]
+        if model is None or not self._rewarm_steps:
+            return
+        awake = np.flatnonzero(table["memory.steps"] > 0).astype(np.int32)
+        for first in range(0, len(awake), REBUILD_ROWS):
+            slots = awake[first : first + REBUILD_ROWS]
+            rows = table.gather(slots, self._names)
+            model.rebuild(rows, *self.memory.recall(rows, end_ms[slots], self._rewarm_steps))
+            table.scatter(slots, {column.name: rows[column.name] for column in model.columns()})
+        table.touch(awake, STEPS)
 
     def advance(self, steps: Steps, table: SensorTable) -> Answers:
         """Consume m steps, ordered by (window, slot), and answer at each. Updates the table."""
@@ -64,6 +109,7 @@ class Forecasting:
             np.empty(m, np.uint8),
             np.empty(m, np.int32),
             np.empty(m, np.bool_),
+            np.empty((m, *self.scorer.shape)),
         )
         for block in iter_blocks(steps.slot, steps.reset):
             self._advance_block(block, steps, table, answers)
@@ -79,22 +125,35 @@ class Forecasting:
             values = np.where(live[:, :, None], values, np.nan)
         step_block = StepBlock(values, steps.end_ms[block.index], live)
         context = self.memory.advance(rows, step_block)
-        prediction = self.baseline.advance(rows, step_block, context)
+        prediction = baseline = self.baseline.advance(rows, step_block, context)
         status = np.full(live.shape, BASELINE, np.uint8)
+        answered, speaks = None, np.zeros(live.shape, np.bool_)
         if self.model is not None:
             answered = self.model.advance(rows, step_block, context)
             ready = context.steps >= self.model.warmup_steps
-            usable = _usable(answered, prediction)
-            prediction = _choose(ready & usable, answered, prediction)
+            usable = _usable(answered, baseline)
+            speaks = ready & usable
+            prediction = _choose(speaks, answered, baseline)
             of_model = np.where(steps.count[block.index] > 0, OK, STALE)
             status = np.where(ready, np.where(usable, of_model, BASELINE), WARMING).astype(np.uint8)
+        scores = self.scorer.advance(rows, live, context, answered, speaks, baseline)
         table.scatter(block.sensors, rows)
         at = block.index[live]
+        answers.scores[at] = scores[live]
         answers.mean[at] = prediction.mean[live]
         answers.quantiles[at] = prediction.quantiles[live]
         answers.status[at] = status[live]
         answers.state_steps[at] = context.steps[live]
         answers.known[at] = ~np.isnan(prediction.mean[live][:, 0]).all(axis=-1)
+
+
+def require_series(found: SeriesSpec, expected: SeriesSpec) -> None:
+    """Raises ValueError unless a model for `found` can serve what `expected` describes; horizon and quantiles are its own."""
+    for name in ("channels", "targets", "step_ms", "seasons"):
+        if getattr(found, name) != getattr(expected, name):
+            raise ValueError(
+                f"the model was made for {name} = {getattr(found, name)!r}, the stream delivers {getattr(expected, name)!r}"
+            )
 
 
 def _usable(model: Prediction, baseline: Prediction) -> Bool:

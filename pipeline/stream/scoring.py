@@ -105,6 +105,11 @@ class Scorer:
         self._begin = np.concatenate([[0], np.cumsum(self.leads)[:-1]])
         self._levels = np.array(spec.quantiles)
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(2, 5, L) of one step's sums."""
+        return 2, len(MEASURES), len(self.leads)
+
     def columns(self) -> tuple[Column, ...]:
         places = (int(self.leads.sum()), len(self.spec.targets), 1 + len(self.spec.quantiles))
         return tuple(
@@ -116,9 +121,9 @@ class Scorer:
     ) -> Float64:
         """Score what a block's steps make known, then keep what was said at them. spoke: (B, T) where the model's answer counts.
 
-        Returns (B, T, 2, 5, L); 0 where nothing was known."""
+        Returns (B, T, 2, 5, L); 0 where nothing was known and in padding."""
         batch, steps = live.shape
-        sums = np.zeros((batch, steps, 2, len(MEASURES), len(self.leads)))
+        sums = np.zeros((batch, steps, *self.shape))
         for step in range(steps):
             at = np.flatnonzero(live[:, step])
             place = self._begin + context.steps[at, step, None] % self.leads

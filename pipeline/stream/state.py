@@ -42,6 +42,12 @@ class Snapshot:
     """Column name -> (sensors, *shape)."""
     partition: dict[str, NDArray[Any]]
 
+    def without(self, columns: Iterable[str], table: SensorTable) -> Snapshot:
+        """Other columns than these; in their place what a new sensor of this table has."""
+        kept = {name: values for name, values in self.rows.items() if name not in set(columns)}
+        new = {name: _filled(table.columns[name], len(self.sensors)) for name in table.columns.keys() - kept.keys()}
+        return Snapshot(self.sensors, kept | new, self.partition)
+
 
 class SensorTable:
     """States of the sensors of one partition.
@@ -111,6 +117,16 @@ class SensorTable:
         for name in names:
             if not self.columns[name].survives_reset:
                 self._arrays[name][slots] = self.columns[name].fill
+
+    def replace_columns(self, gone: Iterable[str], new: Iterable[Column]) -> None:
+        """Other columns in the place of some; the new ones begin filled. Every row counts as changed."""
+        for name in gone:
+            del self.columns[name], self._arrays[name]
+        for column in new:
+            self.columns[column.name] = column
+            self._arrays[column.name] = _filled(column, self._capacity)
+        for flags in self._changed.values():
+            flags[: len(self.sensors)] = True
 
     def touch(self, slots: Slots, *families: str) -> None:
         """Note that these rows have changed in these families; a slot may appear more than once."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from models.forecaster import Forecaster, SeriesSpec
+from models.forecaster import Model, SeriesSpec
 from pipeline.stream.columns import (
     OK,
     PROVISIONAL,
@@ -22,6 +22,7 @@ from pipeline.stream.columns import (
     Steps,
 )
 from pipeline.stream.forecasting import Answers, Forecasting
+from pipeline.stream.scoring import Scores, by_window
 from pipeline.stream.serdes import CONVERTER, TRANSFORMATION, ReadingDecoder, ReadingFormat
 from pipeline.stream.state import STEPS, WINDOWS, SensorTable
 from pipeline.stream.windows import NEVER, STREAM_TIME, WindowOperator, WindowRule
@@ -35,6 +36,10 @@ class TaskSettings:
     rule: WindowRule
     spec: SeriesSpec
     late_to_dead_letters: bool = True
+    rewarm_steps: int = 64
+    """Steps of a sensor that a new model is run through when it takes over."""
+    scored_leads: tuple[int, ...] = ()
+    """Empty: `scoring.default_leads`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +49,8 @@ class TaskOutput:
     forecasts: Forecasts
     dead_letters: list[DeadLetter]
     counts: Counts
+    scores: Scores
+    """Of the windows that closed."""
     next_offset: int
     """The offset to read next, and so the one to commit once the rest has been sent."""
 
@@ -90,22 +97,43 @@ class ForecastTask(StepTask):
     emit_from: records before this offset only rebuild state. What they caused was sent before, so it is not sent again.
     """
 
-    def __init__(self, settings: TaskSettings, model: Forecaster | None = None, emit_from: int = 0) -> None:
-        self.forecasting = Forecasting(settings.spec, model)
+    def __init__(self, settings: TaskSettings, model: Model | None = None, emit_from: int = 0) -> None:
+        self.forecasting = Forecasting(settings.spec, model, settings.rewarm_steps, settings.scored_leads)
         super().__init__(settings)
         self.emit_from = emit_from
+
+    @property
+    def spec(self) -> SeriesSpec:
+        """What is answered: the settings', with the horizon and the quantiles of the model that serves."""
+        return self.forecasting.spec
+
+    @property
+    def version(self) -> str:
+        """Of the model that serves; empty: none."""
+        return self.forecasting.model.version if self.forecasting.model else ""
+
+    def lasting_columns(self) -> list[str]:
+        """What no change of the model touches."""
+        return [column.name for column in (*self.windows.columns(), *self.forecasting.lasting_columns())]
+
+    def swap(self, model: Model | None) -> None:
+        """Another model answers from the next record on. Each sensor's hidden state is what the new model makes of the steps that are
+        remembered of it. Raises ValueError where it was made for another series."""
+        self.forecasting.swap(model, self.table, self.settings.rule.end_ms(self.table["window.emitted"]))
 
     def run(self, records: RecordColumns) -> TaskOutput:
         """Take in records of one partition, in log order, and say what is to be sent."""
         steps, readings, rejected = self.process(records)
         answers = self.forecasting.advance(steps, self.table)
         letters = self._dead_letters(records, rejected)
-        chosen: Bool = answers.known & (steps.offset >= self.emit_from)
+        fresh: Bool = steps.offset >= self.emit_from
+        chosen: Bool = answers.known & fresh
         forecasts = self._forecasts(records.topic, records.partition, steps, answers, chosen)
         return TaskOutput(
             forecasts,
             letters,
             self._count(records, readings, rejected, steps, forecasts),
+            self._scores(records.partition, steps, answers, fresh),
             int(records.offsets[-1]) + 1 if len(records) else 0,
         )
 
@@ -154,9 +182,14 @@ class ForecastTask(StepTask):
             status=answers.status[rows],
             state_steps=answers.state_steps[rows],
             offset=steps.offset[rows],
-            model=self.forecasting.model.version if self.forecasting.model else self.forecasting.baseline.version,
+            model=self.version or self.forecasting.baseline.version,
             baseline=self.forecasting.baseline.version,
         )
+
+    def _scores(self, partition: int, steps: Steps, answers: Answers, chosen: Bool) -> Scores:
+        forecasting = self.forecasting
+        scorer, baseline = forecasting.scorer, forecasting.baseline.version
+        return by_window(steps, answers.scores, chosen, partition, self.version, baseline, scorer.leads.tolist())
 
     def _dead_letters(self, records: RecordColumns, rejected: list[Rejected]) -> list[DeadLetter]:
         return [

@@ -80,7 +80,7 @@ def make_model(folder: Path, seed: int = 0) -> Path:
     """A small GRU for the load's series; how good it is does not matter, that its hidden state matters does."""
     from models.sequences import Sequences
     from pipeline.service.assembly import task_settings
-    from pipeline.service.trainer import fit
+    from pipeline.service.fitting import fit
 
     settings = load(None, {}, _shape(folder))
     steps, sensors = 20 * SEASON, 8

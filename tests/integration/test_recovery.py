@@ -15,6 +15,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from pipeline.commands.run import _require_topics
 from pipeline.errors import DeploymentError
+from pipeline.kafka import registry
 from pipeline.kafka.changelog import read_checkpoint
 from pipeline.kafka.transactions import TransactionFailed
 from pipeline.service import states
@@ -248,7 +249,7 @@ def test_settings_that_give_a_row_another_shape_stop_the_worker(broker: RunningB
     send(broker, settings, STREAM[:CUT])
     run_to_the_end(settings)
     said = stopped(again(settings, forecast__season_ms=(8 * HOUR,)))
-    assert "column memory.ring is <f4[4, 1], these settings give <f4[8, 1]" in said
+    assert "column memory.ring is <f4[68, 1], these settings give <f4[72, 1]" in said
     assert "set the settings back" in said
 
 
@@ -256,24 +257,55 @@ def test_states_whose_model_is_gone_stop_the_worker(broker: RunningBroker, setti
     send(broker, settings, STREAM[:CUT])
     with running_worker(settings, model) as worker:
         worker.run(threading.Event(), exit_at_end=True)
-    assert 'states are those of model gru8-test, and there is no model at model.path = "' in stopped(settings)
+    said = stopped(settings)
+    assert f'states are those of model gru8-test, and topic "{settings.topics.models_topic}" names no champion' in said
     states.reset(settings, "committed")
     assert run_to_the_end(settings).rebuilt == CUT
 
 
-def test_a_first_model_gets_its_hidden_states_by_reading_the_log_again(
+def test_a_first_model_takes_over_where_answers_begin_with_what_is_remembered_of_each_sensor(
     broker: RunningBroker, settings: Settings, model: Any
 ) -> None:
+    lazy = again(settings, state__checkpoint_every_ms=3_600_000)
     send(broker, settings, STREAM[:CUT])
-    run_to_the_end(settings)
+    work_until(lazy, lambda worker: worker.source.committed(0) == CUT)  # gone: its only checkpoint is its first
     send(broker, settings, STREAM[CUT:])
     with running_worker(settings, model) as worker:
         report = worker.run(threading.Event(), exit_at_end=True)
-    assert (report.rebuilt, report.counts.records) == (CUT, len(STREAM) - CUT)
+    assert report.rebuilt > 0
+    assert report.counts.records == len(STREAM) - CUT
     statuses = [value["status"] for value in forecasts(broker, settings)["pump-2"]]
     closed_before = statuses.count("baseline")
     assert statuses == ["baseline"] * closed_before + ["ok"] * (HOURS - 1 - closed_before)
     assert 0 < closed_before < HOURS - 1
+    assert [(swap.offset, swap.version, swap.state) for swap in registry.read(settings).swaps[0]] == [
+        (CUT, "gru8-test", "ring")
+    ]
+    assert hidden_of(settings) == pytest.approx(hidden_after_a_swap(settings, model, CUT), abs=1e-5)
+
+
+def hidden_of(settings: Settings) -> Any:
+    return read_checkpoint(settings, 0).snapshot.rows["rnn.hidden"]  # type: ignore[union-attr]
+
+
+def hidden_after_a_swap(settings: Settings, model: Any, offset: int) -> Any:
+    from pipeline.service.assembly import task_settings
+
+    task = ForecastTask(task_settings(settings))
+    task.run(records(STREAM[:offset]))
+    task.swap(model)
+    task.run(records(STREAM[offset:], offset))
+    return task.table["rnn.hidden"]
+
+
+def test_another_horizon_costs_the_scores_and_nothing_else(broker: RunningBroker, settings: Settings) -> None:
+    send(broker, settings, STREAM[:CUT])
+    run_to_the_end(settings)
+    send(broker, settings, STREAM[CUT:])
+    report = run_to_the_end(again(settings, forecast__horizon=7))
+    assert (report.restored, report.rebuilt) == (SENSORS, 0)
+    last = forecasts(broker, settings)["pump-1"][-1]
+    assert (last["horizon"], last["state_steps"]) == (7, HOURS - 1)
 
 
 def test_readings_deleted_before_they_were_read_stop_the_worker_and_reset_offers_both_ways_on(

@@ -22,7 +22,7 @@ FOUND = Found(
     committed=60,
     manifest=manifest(),
     model="gru64-a",
-    model_path="model",
+    models_topic="plant.models.v1",
 )
 
 
@@ -38,10 +38,9 @@ FOUND = Found(
         ({"committed": None, "manifest": None, "beginning": 7}, False, 7, 7),
         # states of an older version, which kept none: the whole log is there
         ({"manifest": None}, False, 0, 60),
-        # a model where there was none, another one
-        ({"manifest": manifest(model="")}, False, 0, 60),
-        ({"manifest": manifest(model="gru64-b")}, False, 0, 60),
-        ({"manifest": manifest(model="gru64-b"), "beginning": 55}, False, 55, 60),
+        # a model where there was none, another one: it takes over where answers begin
+        ({"manifest": manifest(model="")}, True, 50, 60),
+        ({"manifest": manifest(model="gru64-b")}, True, 50, 60),
         # what `state reset` leaves: an empty checkpoint at the log's beginning, of no model
         ({"manifest": manifest(offset=20, model="", sensors=0), "beginning": 20}, True, 20, 60),
         ({"manifest": manifest(offset=20, model="gone", sensors=0), "beginning": 20, "model": ""}, True, 20, 60),
@@ -65,7 +64,16 @@ def test_a_partition_begins(change, restore, offset, emit_from):
             "restore the state topic",
         ),
         ({"manifest": None, "beginning": 60}, "no checkpoint, and readings before 60 are gone", "millrace state reset"),
-        ({"model": ""}, 'model gru64-a, and there is no model at model.path = "model"', "put the model back"),
+        (
+            {"model": ""},
+            'model gru64-a, and topic "plant.models.v1" names no champion',
+            "models import FOLDER --promote",
+        ),
+        (
+            {"beginning": 55, "manifest": manifest(model="gru64-b")},
+            r"at offset 50, the log holds \[55, 100\)",
+            "state reset",
+        ),
         ({"manifest": manifest(group="other")}, 'states of group "other"', "topics.state"),
         ({"committed": None}, "no committed offset, but a checkpoint at 50", "--to checkpoint"),
         ({"committed": 49}, "set the group back", "millrace state reset"),
@@ -76,7 +84,7 @@ def test_what_cannot_be_gone_on_from_stops_with_its_mend(change, says, mend):
         plan_start(replace(FOUND, **change))
 
 
-def test_another_model_on_a_log_that_was_cut_is_told():
-    start = plan_start(replace(FOUND, manifest=manifest(model="gru64-b"), beginning=55))
-    assert "made with model gru64-b, now gru64-a serves" in start.note
-    assert "offsets before 55 are gone" in start.note
+def test_a_champion_that_is_not_the_states_own_is_told_in_the_log():
+    assert plan_start(FOUND).note == ""
+    start = plan_start(replace(FOUND, manifest=manifest(model="gru64-b")))
+    assert start.note == "the states were made with model gru64-b: from offset 60 on gru64-a answers"

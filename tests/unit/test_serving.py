@@ -15,11 +15,11 @@ TOPICS = load(None, {}, {"topics.domain": "plant"}).topics
 def serving(committed=None, start=0, emit_from=0, stands_at=0, every_ms=1_000):
     task = ForecastTask(task_settings(), emit_from=emit_from)
     writer = CheckpointWriter(task.table, "g", "", 256)
-    return Serving(3, task, writer, CheckpointPolicy(every_ms, 0, 0.5, stands_at), committed, start, 0)
+    return Serving(3, TOPICS, task, writer, CheckpointPolicy(every_ms, 0, 0.5, stands_at), committed, start, 0)
 
 
 def take(one, pairs, first=0, now_ms=0):
-    return one.run(records(pairs, first), TOPICS, now_ms)
+    return one.run(records(pairs, first), now_ms)
 
 
 def test_nothing_came_nothing_is_due():
@@ -31,7 +31,7 @@ def test_what_was_made_leaves_once_with_the_offset_that_follows_from_it():
     take(one, fleet(sensors=2, hours=3))
     work = one.work(12, 100, at_end=False)
     assert (work.offset, work.capture) == (12, None)
-    assert [(batch.topic, len(batch)) for batch in work.outgoing] == [("plant.forecasts.v1", 4)]
+    assert [(batch.topic, len(batch)) for batch in work.outgoing] == [("plant.forecasts.v1", 4), ("plant.scores.v1", 2)]
     one.committed_work(work, 100, 1)
     assert (one.committed, one.emit_from) == (12, 12)
     assert one.work(12, 200, at_end=False) is None
@@ -76,12 +76,12 @@ def test_silence_is_answered_once_and_not_while_rebuilding():
     one = serving(committed=0)
     take(one, fleet(sensors=2, hours=3), now_ms=1_000)
     topic = "plant.readings.v1"
-    assert one.speak_provisionally(1_500, 1_000, topic, TOPICS) == 0
-    assert one.speak_provisionally(1_000 + 3_600_000, 1_000, topic, TOPICS) == 2
-    assert one.speak_provisionally(1_000 + 9_000_000, 1_000, topic, TOPICS) == 0
+    assert one.speak_provisionally(1_500, 1_000, topic) == 0
+    assert one.speak_provisionally(1_000 + 3_600_000, 1_000, topic) == 2
+    assert one.speak_provisionally(1_000 + 9_000_000, 1_000, topic) == 0
     rebuilding = serving(committed=100, emit_from=100)
     take(rebuilding, fleet(sensors=2, hours=3))
-    assert rebuilding.speak_provisionally(10**9, 1_000, topic, TOPICS) == 0
+    assert rebuilding.speak_provisionally(10**9, 1_000, topic) == 0
 
 
 def test_a_row_that_no_record_can_hold_is_refused_before_anything_is_read():

@@ -97,7 +97,7 @@ def test_variables_that_are_no_settings_are_left_alone():
         ('[windows]\nsze = "1h"', ['windows.sze = "1h"', "millrace.toml", "did you mean windows.size?"]),
         ("[windows]\nhorizon = 3", ["windows.horizon = 3", "did you mean forecast.horizon?"]),
         ("[window]", ["[window]", "did you mean [windows]?"]),
-        ("[scoring]\nleads = [1, 25]", ["scoring.leads", "[1, 25]", "forecast.horizon = 24"]),
+        ("[scoring]\nleads = [1, 25]", ["scoring.leads", "[1,25]", "forecast.horizon = 24"]),
         ("horizon = 3", ["horizon = 3", "inside a section"]),
         ('[windows]\nsize = "10 parsecs"', ['windows.size = "10 parsecs"', "a duration such as", 'size = "1h"']),
         ("[windows]\nsize = 60", ["windows.size = 60", "a duration such as"]),

@@ -1,0 +1,134 @@
+"""From history to a model: `fit` for a folder, `challenge` for the gate."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from models.artifact import MODEL_FILE, save
+from models.baselines import LastValue, SeasonalNaive
+from models.evaluation import Figures, evaluate
+from models.forecaster import Forecaster, SeriesSpec
+from models.gate import GateRule, Verdict, judge
+from models.sequences import Sequences
+from models.training import Neural, TrainedModel, TrainingError, TrainingProgress, figures, train
+from pipeline.errors import DeploymentError
+from pipeline.settings import Settings
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A stored model and how it compares; the model's own figures come first."""
+
+    model: TrainedModel
+    figures: list[Figures]
+
+    @property
+    def beats_baselines(self) -> bool:
+        own, *baselines = self.figures
+        return all(own.pinball < other.pinball and own.mse < other.mse for other in baselines)
+
+
+@dataclass(frozen=True, slots=True)
+class Challenge:
+    """A challenger, and what the gate says of it."""
+
+    manifest: dict[str, Any]
+    body: bytes
+    """Of model.keras."""
+    figures: list[Figures]
+    """challenger, champion (if it compares), baselines: on the same slice."""
+    verdict: Verdict
+    parent: str
+    """Version whose weights it began with; empty: none."""
+    seconds: float
+
+    @property
+    def version(self) -> str:
+        return str(self.manifest["version"])
+
+
+def fit(
+    settings: Settings,
+    spec: SeriesSpec,
+    sequences: Sequences,
+    folder: Path,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> Trained:
+    """Train as the settings say, score on the held-back part, and store in `folder`.
+
+    Raises DeploymentError where the history is too short to train on."""
+    trained = _train(settings, spec, sequences, None, progress)
+    found = figures(trained, sequences, _baselines(spec))
+    save(folder, trained, found)
+    return Trained(trained, found)
+
+
+def challenge(
+    settings: Settings,
+    spec: SeriesSpec,
+    sequences: Sequences,
+    champion: Neural | None,
+    progress: Callable[[TrainingProgress], None] | None = None,
+) -> Challenge:
+    """Train a challenger, from the champion's weights where it has their shape, and hold it, the champion and the baselines against the
+    newest held-back slice. A champion with another horizon or other quantiles cannot be compared: the baselines decide.
+
+    Raises DeploymentError where the history is too short to train on."""
+    trained = _train(settings, spec, sequences, champion, progress)
+    compares = champion is not None and champion.spec == spec
+    others: list[Forecaster] = [*([champion] if champion is not None and compares else []), *_baselines(spec)]
+    own, *rest = evaluate(sequences, [trained.forecaster, *others], trained.holdout_from_ms)
+    own = replace(own, name=CHALLENGER)
+    served = replace(rest.pop(0), name=CHAMPION) if compares else None
+    retraining = settings.retraining
+    rule = GateRule(retraining.margin, retraining.max_lead_loss, retraining.min_labels)
+    verdict = judge(rule, own, served, rest)
+    if champion is not None and not compares:
+        note = f"{verdict.reason} (the champion {champion.version} forecasts another horizon or other quantiles: not compared)"
+        verdict = replace(verdict, reason=note)
+    found = [own, *([served] if served else []), *rest]
+    with tempfile.TemporaryDirectory(prefix="millrace-challenger-") as name:
+        manifest = save(Path(name), trained, found)
+        body = (Path(name) / MODEL_FILE).read_bytes()
+    parent = champion.version if champion is not None and trained.warm else ""
+    return Challenge(manifest, body, found, verdict, parent, trained.seconds)
+
+
+def _train(
+    settings: Settings,
+    spec: SeriesSpec,
+    sequences: Sequences,
+    start: Neural | None,
+    progress: Callable[[TrainingProgress], None] | None,
+) -> TrainedModel:
+    training, model = settings.training, settings.model
+    try:
+        return train(
+            sequences,
+            spec,
+            cell=model.cell,
+            units=model.units,
+            layers=model.layers,
+            warmup_steps=settings.forecast.warmup_steps,
+            chunk_steps=training.chunk_steps,
+            lanes=training.lanes,
+            epochs=training.epochs,
+            patience=training.patience,
+            learning_rate=training.learning_rate,
+            holdout=training.holdout,
+            seed=training.seed,
+            start=start,
+            progress=progress,
+        )
+    except TrainingError as error:
+        raise DeploymentError(str(error)) from error
+
+
+def _baselines(spec: SeriesSpec) -> list[Forecaster]:
+    return [LastValue(spec), *([SeasonalNaive(spec)] if spec.seasons else [])]
