@@ -41,12 +41,13 @@ def save(folder: Path, model: TrainedModel, figures: Sequence[Figures] = ()) -> 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         written = Path(scratch) / MODEL_FILE
         model.net.model.save(written)
-        manifest = _manifest(model, figures, _sha256(written))
+        text = json.dumps(_manifest(model, figures, _sha256(written)), indent=2, allow_nan=False)
         described = Path(scratch) / MANIFEST_FILE
-        described.write_text(json.dumps(manifest, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        described.write_text(text + "\n", encoding="utf-8")
         for path in (written, described):
             _sync(path)
             os.replace(path, folder / path.name)
+    manifest: dict[str, Any] = json.loads(text)  # as whoever reads the file sees it
     model.forecaster.version = manifest["version"]
     return manifest
 

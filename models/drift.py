@@ -42,6 +42,8 @@ LEARN: Final = 50
 """Windows before the first alarm, at least: the level is then known to 0.14 deviations, well inside DELTA."""
 RELEARN: Final = 25
 """Windows of each lead after a swap: 0.2 deviations."""
+TINY: Final = 1e-12
+"""Stands for an error of 0, so that a model that was never wrong has a level to rise from."""
 MIN_DEVIATION: Final = 0.05
 """Of the error's ratio to its usual size."""
 MAX_CORRELATION: Final = 0.9
@@ -85,7 +87,7 @@ class DriftDetector:
     def __init__(self, rule: DriftRule, leads: int) -> None:
         self.rule = rule
         self.statistic = 0.0
-        """In deviations; at most twice the threshold, so that an alarm ends in bounded time."""
+        """In deviations; at most one window's worth above the threshold, so that an alarm ends soon after its cause."""
         self.alarmed = False
         """From the window on which the statistic exceeded the threshold, until it is below half of it."""
         self._first: _FirstLearning | None = _FirstLearning(rule)
@@ -109,7 +111,7 @@ class DriftDetector:
         self._usual_labels.add(count, count > 0)
         if not enough.any():
             return False
-        error = np.where(enough, total / np.maximum(count, 1), np.nan)
+        error = np.where(enough, np.maximum(total / np.maximum(count, 1), TINY), np.nan)
         phase = self.rule.phase(window)
         if self._first is not None:
             self._learn(self._first, phase, error)
@@ -141,9 +143,9 @@ class DriftDetector:
         if not tested.any():
             self._levels.add(self._bounded(error / usual), np.isfinite(error))
             return False
-        ratio = float((error[tested] / self._levels.floored[tested]).mean())
+        ratio = float((error[tested] / self._levels.mean[tested]).mean())
         z = min(max((ratio / usual - 1.0) / deviation, -self.rule.clip), self.rule.clip)
-        self.statistic = min(max(0.0, self.statistic + z - DELTA), 2 * self.rule.threshold)
+        self.statistic = min(max(0.0, self.statistic + z - DELTA), self.rule.threshold + self.rule.clip)
         began = not self.alarmed and self.statistic > self.rule.threshold
         self.alarmed = began or (self.alarmed and 2 * self.statistic >= self.rule.threshold)
         if not self.alarmed and 2 * self.statistic <= self.rule.threshold:
@@ -153,7 +155,7 @@ class DriftDetector:
 
     def _bounded(self, error: Float64) -> Float64:
         """(L) No further above its level than a window may count, once there is a level worth the name."""
-        most = self._levels.floored * (1.0 + CLIP * self._season.deviation)
+        most = self._levels.mean * (1.0 + CLIP * self._season.deviation)
         return np.where(self._levels.count >= 5, np.minimum(error, most), error)
 
 
@@ -180,7 +182,7 @@ class _FirstLearning:
         count = np.isfinite(error).sum(axis=0).astype(np.float64)
         level = np.nansum(error, axis=0) / np.maximum(count, 1)
         trusted = count >= RELEARN
-        ratio = np.where(trusted, error / np.maximum(level, 1e-12), np.nan)
+        ratio = np.where(trusted, error / np.maximum(level, TINY), np.nan)
         for (phase, _), row in zip(windows, ratio):
             if np.isfinite(row).any():
                 self.ratios.append((phase, float(np.nanmean(row))))
@@ -210,11 +212,6 @@ class _Levels:
     @property
     def known(self) -> NDArray[np.bool_]:
         return np.asarray(self.count >= RELEARN)
-
-    @property
-    def floored(self) -> Float64:
-        """A model that was never wrong is as wrong as can be with its first error."""
-        return np.maximum(self.mean, 1e-12)
 
     def add(self, value: Float64, where: NDArray[np.bool_]) -> None:
         self.count = np.where(where, np.minimum(self.count + 1, self.memory), self.count)
@@ -276,7 +273,7 @@ class _Season:
         count, mean = self.count[seen], self.mean[seen]
         overall = float((count * mean).sum() / count.sum())
         freedom = float((count - 1).sum())
-        within = float((self.squares[seen] / np.maximum(mean, 1e-12) ** 2).sum()) / freedom if freedom > 0 else 0.0
+        within = float((self.squares[seen] / np.maximum(mean, TINY) ** 2).sum()) / freedom if freedom > 0 else 0.0
         noise = within * overall**2 / count
         between = max(0.0, float(mean.var(ddof=1) - noise.mean())) if len(mean) > 1 else 0.0
         weight = between / np.maximum(between + noise, 1e-300)

@@ -34,7 +34,7 @@ OUTPUT_CLIP = 20.0
 
 
 def load_tensorflow(threads: int = 0) -> Any:
-    """Import TensorFlow without its start-up log; threads: intra-op, 0 = as many as cores. Later calls only import.
+    """Import TensorFlow without its start-up log; threads: 0 = as many as cores. Later calls only import.
 
     Settings that the environment already names are left as they are.
     """
@@ -42,7 +42,8 @@ def load_tensorflow(threads: int = 0) -> Any:
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its kernels round differently from one batch size to the next
     os.environ.setdefault("KERAS_BACKEND", "tensorflow")
     if threads:
-        os.environ.setdefault("TF_NUM_INTRAOP_THREADS", str(threads))
+        for kind in ("INTRAOP", "INTEROP"):
+            os.environ.setdefault(f"TF_NUM_{kind}_THREADS", str(threads))
     if "tensorflow" not in sys.modules:
         with _quiet_start():
             import tensorflow

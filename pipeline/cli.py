@@ -26,6 +26,8 @@ COMMANDS: Final = {
         "pipeline.commands.models:models",
         "Models on their topic: list, show, promote, rollback, export, import.",
     ),
+    "trainer": ("pipeline.commands.trainer:trainer", "Learning while it runs: retraining, gate, rollback."),
+    "retrain": ("pipeline.commands.trainer:retrain", "Ask the trainer to learn again now."),
     "state": ("pipeline.commands.state:state", "Sensor states in the changelog: show, check, reset."),
     "watch": ("pipeline.commands.watch:watch", "Live in the terminal: recent values and forecast."),
     "config": ("pipeline.commands.config:config", "The settings in force: show, validate."),

@@ -334,7 +334,8 @@ class HttpSettings(Section, frozen=True):
     """Where Prometheus finds the metrics."""
 
     address: Annotated[str, Meta(description="Interface to listen on.", min_length=1)] = "127.0.0.1"
-    port: Annotated[int, Meta(description="Port of `/metrics`; 0: off.", ge=0, le=65_535)] = 0
+    port: Annotated[int, Meta(description="Port of the worker's `/metrics`; 0: off.", ge=0, le=65_535)] = 0
+    trainer_port: Annotated[int, Meta(description="Port of the trainer's `/metrics`; 0: off.", ge=0, le=65_535)] = 0
 
 
 class ModelSettings(Section, frozen=True):

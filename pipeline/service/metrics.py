@@ -18,6 +18,16 @@ millrace_score_labels_total{forecaster,lead} forecasts whose truth has come; the
                                              rates is a mean: errors in running standard deviations of each sensor
 millrace_score_absolute_error_total, millrace_score_squared_error_total, millrace_score_pinball_loss_total,
 millrace_score_covered_total                 truths between the outermost quantiles
+
+Of the trainer:
+millrace_trainer_on_duty                     1 for the trainer that works, 0 for those that stand by
+millrace_trainer_event_time_seconds          newest window end that it knows of, epoch
+millrace_trainings_total{trigger,result}     result: promoted | refused | failed
+millrace_training_duration_seconds           reading history, training and scoring
+millrace_training_progress_ratio             of the training under way; 0: none is
+millrace_training_loss                       of the training under way
+millrace_gate_pinball_loss{forecaster}       on the newest held-back slice: challenger, champion, baselines
+millrace_rollbacks_total                     champions that were taken back
 """
 
 from __future__ import annotations
@@ -126,6 +136,40 @@ class WorkerMetrics:
         """Its series ends when the partition goes to another worker."""
         with suppress(KeyError):  # it never wrote one
             self.checkpoint_time.remove(str(partition))
+
+
+class TrainerMetrics:
+    """What a trainer counts."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.registry = registry
+        self.on_duty = Gauge(
+            "millrace_trainer_on_duty", "Whether this trainer is the one that works.", registry=registry
+        )
+        self._event_time = Gauge(
+            "millrace_trainer_event_time_seconds", "Newest window end that it knows of, epoch.", registry=registry
+        )
+        self.trainings = Counter(
+            "millrace_trainings", "Trainings, by trigger and result.", ["trigger", "result"], registry=registry
+        )
+        self.training_seconds = Histogram(
+            "millrace_training_duration_seconds",
+            "Reading history, training and scoring.",
+            buckets=(*SLOW, 1800, 3600),
+            registry=registry,
+        )
+        self.training_progress = Gauge(
+            "millrace_training_progress_ratio", "Of the training under way; 0: none is.", registry=registry
+        )
+        self.training_loss = Gauge("millrace_training_loss", "Of the training under way.", registry=registry)
+        self.gate_pinball = Gauge(
+            "millrace_gate_pinball_loss", "On the newest held-back slice.", ["forecaster"], registry=registry
+        )
+        self.rollbacks = Counter("millrace_rollbacks", "Champions that were taken back.", registry=registry)
+
+    def show_event_time(self, now_ms: int | None) -> None:
+        if now_ms is not None:
+            self._event_time.set(now_ms / 1000)
 
 
 @contextmanager
