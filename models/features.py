@@ -27,6 +27,8 @@ CLIP = 8.0
 LARGEST = 1e37
 """Values are held within what float32 outputs can carry; squares stay far inside float64."""
 LEAD_KNOTS = 8
+LOOK_BACK = 24
+"""Steps, where there is no season."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,13 @@ class Context:
         return self.steps.shape[0], self.steps.shape[1]
 
     @cached_property
-    def z(self) -> Float32:
-        """(B, T, C) scaled and clipped to +-8; 0 where missing."""
-        return _scaled(self.values, self.mean, self.channel_scale)
+    def local(self) -> Float32:
+        """(B, T, C) distance from the mean of the last `look_back` steps, in scale, clipped to +-8; 0 where missing.
+
+        A level that moves is forgotten within a season, where the running mean takes a thousand steps: what a network learns
+        from it holds before and after (reversible instance normalisation: Kim, T. et al. (2022), ICLR, has the idea)."""
+        level = _rolling_mean(self.history, self.shape[1], look_back(self.spec))
+        return _clipped((self.values - self.origin[:, None] - level) / self.channel_scale)
 
     @cached_property
     def scale(self) -> Float64:
@@ -141,7 +147,7 @@ class SeriesMemory:
 
     def __init__(self, spec: SeriesSpec, ring_steps: int | None = None) -> None:
         self.spec = spec
-        self.ring_steps = max(1, *spec.seasons, ring_steps or 1)
+        self.ring_steps = max(look_back(spec), *spec.seasons, ring_steps or 1)
         self.scaling = RunningScale(len(spec.channels))
 
     def columns(self) -> tuple[Column, ...]:
@@ -223,7 +229,7 @@ class SeriesMemory:
 
 def look_back(spec: SeriesSpec) -> int:
     """Steps before one that a forecaster is shown with it."""
-    return spec.seasons[0] if spec.seasons else 1
+    return spec.seasons[0] if spec.seasons else LOOK_BACK
 
 
 def lead_knots(horizon: int) -> tuple[int, ...]:
@@ -244,11 +250,11 @@ def input_size(spec: SeriesSpec) -> int:
 
 
 def rnn_inputs(context: Context) -> Float32:
-    """(B, T, F): scaled values, whether observed, first differences; what the season says at a few leads, from the last
+    """(B, T, F): values around their local level, whether observed, first differences; what the season says at a few leads, from the last
     value on and in scale, and whether it is known; calendar. A network so knows all that the seasonal naive forecast
     knows."""
     batch, steps = context.shape
-    parts = [context.z, context.observed.astype(np.float32), context.differences()]
+    parts = [context.local, context.observed.astype(np.float32), context.differences()]
     if context.spec.seasons:
         ahead = context.season_values(lead_knots(context.spec.horizon)) - context.last[:, :, None, :]
         parts.append(_clipped(ahead / context.scale[:, :, None, :]).reshape(batch, steps, -1))
@@ -261,14 +267,27 @@ def to_float32(values: NDArray[Any]) -> Float32:
     return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float32)
 
 
-def _scaled(values: Float64, mean: Float64, scale: Float64) -> Float32:
-    return _clipped((values - mean) / scale)
-
-
 def _clipped(scaled: NDArray[Any]) -> Float32:
     """To +-CLIP, 0 for NaN."""
     held = np.clip(scaled, -CLIP, CLIP)
     return np.where(np.isnan(held), 0.0, held).astype(np.float32)
+
+
+def _rolling_mean(history: Float32, steps: int, window: int) -> Float64:
+    """(B, T, C) mean of the known ones among the `window` values up to each of the last `steps`; NaN where there are none."""
+    recent = history[:, history.shape[1] - steps - window + 1 :].astype(np.float64)
+    known = ~np.isnan(recent)
+    if steps == 1:
+        count, total = known.sum(axis=1, keepdims=True), np.where(known, recent, 0.0).sum(axis=1, keepdims=True)
+    else:
+        count, total = (_window_sums(part, window) for part in (known.astype(np.float64), np.where(known, recent, 0.0)))
+    return np.where(count > 0, total / np.maximum(count, 1), np.nan)
+
+
+def _window_sums(values: Float64, window: int) -> Float64:
+    sums = np.cumsum(values, axis=1)
+    sums[:, window:] -= sums[:, :-window].copy()
+    return sums[:, window - 1 :]
 
 
 def _moved_left(ring: Float32, places: NDArray[np.int64]) -> Float32:

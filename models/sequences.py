@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from models.blocks import Block, iter_blocks
 from models.features import Context, SeriesMemory
 from models.forecaster import Column, Forecaster, Prediction, Rows, SeriesSpec
+from models.scaling import RunningScale
 
 Int64 = NDArray[np.int64]
 Float64 = NDArray[np.float64]
@@ -31,6 +32,8 @@ class Sequences:
     """(m, C) NaN = missing."""
     reset: Bool
     """(m,) True = what was remembered of the sensor is forgotten before this step."""
+    begin: Rows | None = None
+    """Columns of `RunningScale` (sensors, C) before the first of these steps: what came earlier and is not here. None: nothing did."""
 
     def __len__(self) -> int:
         return len(self.sensor)
@@ -54,7 +57,38 @@ class Sequences:
 
     def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Sequences:
         """The chosen steps, in the order given; a mask or positions."""
-        return Sequences(self.sensor[rows], self.end_ms[rows], self.values[rows], self.reset[rows])
+        return Sequences(self.sensor[rows], self.end_ms[rows], self.values[rows], self.reset[rows], self.begin)
+
+    def after(self, end_ms: int) -> Sequences:
+        """The steps that end later; the running scale begins where the others have brought it, as it does in service."""
+        late = self.end_ms > end_ms
+        if late.all():
+            return self
+        begin = scale_after(self.take(~late), self.sensors)
+        return replace(self.take(late), begin=begin)
+
+
+def scale_after(sequences: Sequences, sensors: int) -> Rows:
+    """Columns of `RunningScale` (sensors, C) after these steps."""
+    scaling = RunningScale(sequences.values.shape[1])
+    table = begin_rows(scaling.columns(), sensors, sequences.begin)
+    for block in iter_blocks(sequences.sensor, sequences.reset):
+        rows = {name: column[block.sensors] for name, column in table.items()}
+        values = block.pick(sequences.values)
+        scaling.advance(rows, values, np.isfinite(values) & block.live[..., None])
+        for name, column in table.items():
+            column[block.sensors] = rows[name]
+    return table
+
+
+def begin_rows(columns: Sequence[Column], sensors: int, begin: Rows | None) -> Rows:
+    """Rows of `sensors` sensors: as `begin` has them, as far as it goes, else as those of sensors never seen."""
+    table = empty_rows(columns, sensors)
+    for name, known in (begin or {}).items():
+        if name in table:
+            at = slice(0, min(len(known), sensors))
+            table[name][at] = known[at]
+    return table
 
 
 def joined(parts: Sequence[Sequences], channels: int) -> Sequences:
@@ -101,10 +135,11 @@ class Futures:
 def walk(
     sequences: Sequences, memory: SeriesMemory, forecasters: Sequence[Forecaster] = ()
 ) -> Iterator[tuple[Block, Context, list[Prediction]]]:
-    """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty. Each forecaster has
+    """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty, but for the
+    running scale (`Sequences.begin`). Each forecaster has
     columns of its own, so that several may be of one kind."""
     sensors = sequences.sensors
-    shared = _Rows(memory.columns(), sensors)
+    shared = _Rows(memory.columns(), sensors, sequences.begin)
     own = [_Rows(forecaster.columns(), sensors) for forecaster in forecasters]
     for block in iter_blocks(sequences.sensor, sequences.reset):
         steps = block.step_block(sequences.values, sequences.end_ms)
@@ -120,9 +155,9 @@ def walk(
 class _Rows:
     """Columns of all sensors."""
 
-    def __init__(self, columns: Sequence[Column], sensors: int) -> None:
+    def __init__(self, columns: Sequence[Column], sensors: int, begin: Rows | None = None) -> None:
         self._columns = columns
-        self._table = empty_rows(columns, sensors)
+        self._table = begin_rows(columns, sensors, begin)
 
     @contextmanager
     def of(self, block: Block) -> Iterator[Rows]:

@@ -38,6 +38,7 @@ class Trained:
 class Challenge:
     """A challenger, and what the gate says of it."""
 
+    model: TrainedModel
     manifest: dict[str, Any]
     body: bytes
     """Of model.keras."""
@@ -97,7 +98,7 @@ def challenge(
         manifest = save(Path(name), trained, found)
         body = (Path(name) / MODEL_FILE).read_bytes()
     parent = champion.version if champion is not None and trained.warm else ""
-    return Challenge(manifest, body, found, verdict, parent, trained.seconds)
+    return Challenge(trained, manifest, body, found, verdict, parent, trained.seconds)
 
 
 def _train(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from models.forecaster import Rows
+from models.scaling import FORGETTING
 from models.sequences import Sequences, joined
 from pipeline.errors import DeploymentError
 from pipeline.kafka.source import RecordSource
 from pipeline.service.files import FileBatch
-from pipeline.stream.columns import Bool, Readings, RecordColumns, Steps
+from pipeline.stream.columns import Readings, RecordColumns, Steps
 from pipeline.stream.task import StepTask, TaskSettings
 
 POLL_TIMEOUT_MS = 500
+LEAD_IN_STEPS = round(4 / FORGETTING)
+"""Before the first step that is learned from: by then a running scale has forgotten all but 2 % of what was before."""
 FEWEST_SENSORS = 32
 """Fewer would be no fleet: then time goes before sensors do."""
 
@@ -39,6 +43,8 @@ class History:
     _kept: list[bool] = field(default_factory=list)
     _parts: list[Sequences] = field(default_factory=list)
     _held: int = 0
+    _begin: Rows | None = None
+    """The running scale of each sensor before the steps that are held."""
 
     def add(self, task: StepTask, steps: Steps) -> None:
         """Take over the steps that closed in one task; a sensor is known by its name whatever its partition."""
@@ -60,8 +66,9 @@ class History:
             self._thin_out()
 
     def forget_before(self, end_ms: int) -> None:
-        """Steps that ended at or before this time are given up."""
-        self._keep(lambda steps: steps.end_ms > end_ms)
+        """Steps that ended at or before this time are given up; what they made of each sensor's running scale is kept."""
+        kept = self._joined().after(end_ms)
+        self._parts, self._held, self._begin = [kept], len(kept), kept.begin
 
     def sequences(
         self, from_ms: int | None = None, to_ms: int | None = None, newest_ms: int | None = None
@@ -70,15 +77,14 @@ class History:
 
         Raises DeploymentError if there are none."""
         found = self._joined()
-        keep = np.ones(len(found), np.bool_)
-        if from_ms is not None:
-            keep &= found.end_ms > from_ms
         if to_ms is not None:
-            keep &= found.end_ms <= to_ms
-        if newest_ms is not None and keep.any():
-            keep &= found.end_ms > found.end_ms[keep].max() - newest_ms
-        if keep.any():
-            return found.take(keep)
+            found = found.until(to_ms)
+        if newest_ms is not None and len(found):
+            from_ms = max(from_ms if from_ms is not None else 0, int(found.end_ms.max()) - newest_ms)
+        if from_ms is not None:
+            found = found.after(from_ms)
+        if len(found):
+            return found
         raise DeploymentError(
             f"no closed window in the history: {self.readings} readings were read, {self.rejected} records were refused; "
             "check the range (--from, --to), readings.fields and readings.event_time"
@@ -91,19 +97,16 @@ class History:
     def _joined(self) -> Sequences:
         if len(self._parts) != 1:
             self._parts = [joined(self._parts, len(self.settings.rule.channels))]
+        self._parts = [replace(self._parts[0], begin=self._begin)]
         return self._parts[0]
-
-    def _keep(self, chosen: Callable[[Sequences], Bool]) -> None:
-        whole = self._joined()
-        self._parts = [whole.take(chosen(whole))]
-        self._held = len(self._parts[0])
 
     def _thin_out(self) -> None:
         if sum(self._kept) >= 2 * FEWEST_SENSORS:
             self.one_in *= 2
             self._kept = [_is_kept(name, self.one_in) for name in self._ids]
-            kept = np.array(self._kept)
-            self._keep(lambda steps: kept[steps.sensor])
+            whole = self._joined()
+            self._parts = [whole.take(np.array(self._kept)[whole.sensor])]
+            self._held = len(self._parts[0])
         else:
             middle = int(np.median(self._joined().end_ms))
             self.forget_before(middle)

@@ -150,7 +150,7 @@ class _Trail:
     opening: dict[int, Float64] = field(default_factory=dict)
     """[first_ms ---- first_ms + probation)"""
     recent: dict[int, Float64] = field(default_factory=dict)
-    """The newest probation's worth, and what a slower partition adds behind it; in order of arrival."""
+    """(newest_ms - probation ---- newest_ms], and at most as much again where partitions are apart; in order of arrival."""
     newest_ms: int = -1
 
 
@@ -297,7 +297,8 @@ class Learner:
         if score.window_end < trail.first_ms + probation_ms:
             _add(trail.opening, score.window_end, part)
         trail.newest_ms = max(trail.newest_ms, score.window_end)
-        _add(trail.recent, score.window_end, part)
+        if score.window_end > trail.newest_ms - probation_ms:
+            _add(trail.recent, score.window_end, part)
         while (oldest_ms := next(iter(trail.recent))) <= trail.newest_ms - probation_ms:
             del trail.recent[oldest_ms]
 

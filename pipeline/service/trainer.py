@@ -44,7 +44,7 @@ from pipeline.kafka.source import RecordSource
 from pipeline.service.assembly import task_settings
 from pipeline.service.feed import load_version
 from pipeline.service.fitting import Challenge, challenge
-from pipeline.service.history import TopicHistory
+from pipeline.service.history import LEAD_IN_STEPS, TopicHistory
 from pipeline.service.learning import Disappointment, Due, Learner, LearningRule
 from pipeline.service.metrics import TrainerMetrics
 from pipeline.service.requests import PARTITION, read_request
@@ -419,7 +419,8 @@ class _Job:
         settings, until_ms = self.settings, self.due.until_ms
         load_tensorflow(settings.retraining.threads)
         newest_ms = settings.training.history_ms
-        source = self.duty.topic_history(None if newest_ms is None else until_ms - newest_ms)
+        lead_in_ms = LEAD_IN_STEPS * settings.windows.hop_ms
+        source = self.duty.topic_history(None if newest_ms is None else until_ms - newest_ms - lead_in_ms)
         history = source.read(on_progress=lambda read, total: self._go_on())
         if newest_ms is not None:
             history.forget_before(until_ms - newest_ms)

@@ -505,3 +505,16 @@ def test_memory_is_bounded_however_many_windows_and_versions_pass():
     assert len(learner._trails) <= 4
     assert all(len(trail.opening) <= 48 and len(trail.recent) <= 48 for trail in learner._trails.values())
     assert len(learner._begun_ms) <= 1
+
+
+def test_partitions_read_one_after_the_other_come_to_the_same_and_keep_no_more():
+    learner, other = serving(version="b", previous="a"), serving(version="b", previous="a")
+    windows = [(hour, partition) for hour in range(300) for partition in (0, 1)]
+    for found, order in ((learner, windows), (other, sorted(windows, key=lambda window: window[1]))):
+        for hour, partition in order:
+            found.observe(
+                noisy(hour, 1.5 if hour >= 288 else 1.0, model="b" if hour >= 288 else "a", partition=partition)
+            )
+        assert all(len(trail.recent) <= 96 for trail in found._trails.values())
+    one, another = learner.disappointment(), other.disappointment()
+    assert one.figures == pytest.approx(another.figures)

@@ -103,7 +103,25 @@ def test_a_small_movement_on_a_huge_offset_is_kept_in_the_ring():
     wave = np.tile([0.0, 1.0, 2.0, 1.0], 5)
     (context,), _ = drive(spec, (1e9 + wave).reshape(1, 20, 1))
     assert context.season_values()[0, -1, :, 0].tolist() == [1e9, 1e9 + 1]
-    assert np.abs(context.z).max() < 3
+    assert np.abs(context.local).max() < 3
+
+
+@pytest.mark.parametrize("steps_at_once", [1, 7, 60])
+def test_a_level_that_moved_is_forgotten_after_one_season(steps_at_once):
+    spec = SeriesSpec(("a.mean",), (0,), STEP_MS, 2, (0.5,), (4,))
+    wave = np.tile([0.0, 1.0, 2.0, 1.0], 15)
+    moved = wave + np.where(np.arange(60) < 40, 0.0, 50.0)
+    memory = SeriesMemory(spec)
+    rows = empty_rows(memory.columns(), 1)
+    found = np.concatenate(
+        [
+            memory.advance(rows, block(moved[None, first : first + steps_at_once, None], first=first)).local[0, :, 0]
+            for first in range(0, 60, steps_at_once)
+        ]
+    )
+    expected = [(wave[t] - np.mean(wave[t - 3 : t + 1])) / np.std(wave[: t + 1]) for t in range(3, 40)]
+    np.testing.assert_allclose(found[3:40], expected, rtol=1e-4, atol=1e-6)
+    assert np.abs(found[44:]).max() < 0.2 < 2 < np.abs(found[40])
 
 
 def test_infinite_and_absurd_values_do_no_lasting_harm():

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 
-from models.features import SeriesMemory
+from models.features import SeriesMemory, look_back
 from models.forecaster import SeriesSpec
 from models.rnn import RecurrentNet, RNNForecaster
 from models.sequences import empty_rows
@@ -157,12 +157,13 @@ def test_fifty_swaps_compile_nothing_and_leave_no_model_behind():
     assert sum(reference() is not None for reference in gone) == 0
 
 
-def test_a_spec_with_other_seasons_has_no_part_in_this():
+def test_without_a_season_too_the_last_steps_are_recalled_with_what_stood_before_them():
     spec = SeriesSpec(("value.mean",), (0,), 3_600_000, 2, (0.5,))
-    memory = SeriesMemory(spec, 1 + 4)
+    memory = SeriesMemory(spec, look_back(spec) + 4)
     rows = empty_rows(memory.columns(), 1)
-    memory.advance(rows, block(np.arange(7.0)[None, :, None]))
-    steps, again = memory.recall(rows, np.array([7 * spec.step_ms]), 99)
-    assert again.values[0, :, 0].tolist() == [3.0, 4.0, 5.0, 6.0]
-    assert again.differences().shape == (1, 4, 1)
+    shown = memory.advance(rows, block(np.arange(40.0)[None, :, None]))
+    steps, again = memory.recall(rows, np.array([40 * spec.step_ms]), 99)
+    assert again.values[0, :, 0].tolist() == [36.0, 37.0, 38.0, 39.0]
+    np.testing.assert_allclose(again.local[:, -1], shown.local[:, -1])
+    np.testing.assert_allclose(again.differences()[:, -1], shown.differences()[:, -1])
     assert steps.live.all()
