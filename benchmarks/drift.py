@@ -9,7 +9,8 @@ The same log goes through the service's own parts in event time, without a broke
     amplitude    the daily rhythm grows to three times its size
     season       the rhythm of 24 hours becomes one of 16
 
-Errors are absolute errors in running standard deviations, mean over the scored leads; both runs have the same unit at every moment.
+Errors are absolute errors of the point forecast, mean over leads 1, 5 and 24, in units of each sensor's own first amplitude (not
+of its running deviation, which grows when something changes and so would make errors look smaller), at the hour in which they matured.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ from pipeline.service.fitting import challenge
 from pipeline.service.history import History
 from pipeline.service.learning import Learner, LearningRule
 from pipeline.settings import Settings, load
-from pipeline.stream.columns import RecordColumns
-from pipeline.stream.scoring import ABSOLUTE, BASELINE, LABELS, MODEL, decode_score, encode_scores
+from pipeline.stream.columns import Forecasts, RecordColumns
+from pipeline.stream.scoring import decode_score, encode_scores
 from pipeline.stream.task import ForecastTask, StepTask
 
 HOUR_MS = 3_600_000
@@ -38,12 +39,13 @@ START_MS = 1_735_689_600_000
 CHANGES = {"level": 28, "amplitude": 49, "season": 70}
 """Day of each."""
 DAYS = 91
+LEADS = (1, 5, 24)
 HISTORY = "14d"
 RECOVERED = 1.1
 """Within ten percent of where the error settles before the next change."""
 
 
-def settings_of(sensors: int) -> Settings:
+def settings_of() -> Settings:
     return load(
         None,
         {},
@@ -52,13 +54,13 @@ def settings_of(sensors: int) -> Settings:
             "model.units": 32,
             "training.epochs": 12,
             "training.history": HISTORY,
-            "retraining.every": "7d",
+            "retraining.every": "2d",
         },
     )
 
 
-def fleet(sensors: int, seed: int = 0) -> NDArray[np.float64]:
-    """(hours, sensors)"""
+def fleet(sensors: int, seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Values (hours, sensors), and the unit of each sensor's errors (sensors)."""
     random = np.random.default_rng(seed)
     hours = np.arange(DAYS * 24)
     day = hours[:, None] / 24
@@ -71,7 +73,7 @@ def fleet(sensors: int, seed: int = 0) -> NDArray[np.float64]:
     for hour in range(1, len(hours)):
         noise[hour] = 0.7 * noise[hour - 1] + random.normal(0, 0.3, sensors)
     level = random.normal(50, 20, sensors) + 6 * amplitude * (day >= CHANGES["level"])
-    return np.asarray(level + rhythm + noise * amplitude)
+    return level + rhythm + noise * amplitude, amplitude
 
 
 def log_of(values: NDArray[np.float64]) -> Iterator[RecordColumns]:
@@ -96,32 +98,32 @@ class Run:
     """What one pass over the log showed."""
 
     name: str
-    day: list[float] = field(default_factory=list)
-    error: list[float] = field(default_factory=list)
-    baseline: list[float] = field(default_factory=list)
+    error: NDArray[np.float64]
+    """(hours) mean error of what matured in the hour; NaN where nothing did."""
     decisions: list[tuple[float, str, str, str]] = field(default_factory=list)
     """Day, kind, trigger, reason."""
 
 
-def run(values: NDArray[np.float64], learns: bool) -> Run:
-    settings = settings_of(values.shape[1])
+def run(values: NDArray[np.float64], unit: NDArray[np.float64], learns: bool) -> Run:
+    settings = settings_of()
     core = task_settings(settings)
     task, steps, history = ForecastTask(core), StepTask(core), History(core)
     learner = Learner(LearningRule.of(settings))
-    found = Run("retraining" if learns else "first model only")
+    said = np.full((len(LEADS), *values.shape), np.nan)
+    found = Run("retraining" if learns else "first model only", np.empty(0))
     champion: Any = None
     for records in log_of(values):
         output = task.run(records)
         history.add(steps, steps.process(records)[0])
+        _note(output.forecasts, said)
         for value in encode_scores(output.scores, "scores").values:
-            score = decode_score(value or b"")
-            learner.observe(score)
-            _note(found, score.window_end, score.sums)
+            learner.observe(decode_score(value or b""))
         due = learner.due()
         if due is None or (champion is not None and not learns):
             continue
-        history.forget_before(due.until_ms - settings.training.history_ms)
-        outcome = challenge(settings, core.spec, history.sequences(to_ms=due.until_ms), champion)
+        history.forget_before(due.until_ms - (settings.training.history_ms or 0))
+        sequences = history.sequences(to_ms=due.until_ms)
+        outcome = challenge(settings, core.spec, sequences, champion, changed_ms=due.changed_ms)
         kind = "promoted" if outcome.verdict.promoted else "refused"
         day = (due.until_ms - START_MS) / HOUR_MS / 24
         found.decisions.append((day, kind, due.trigger, outcome.verdict.reason))
@@ -132,80 +134,99 @@ def run(values: NDArray[np.float64], learns: bool) -> Run:
             champion = outcome.model.forecaster
             task.swap(champion)
             learner.champion(champion.version, previous, due.until_ms)
+    found.error = errors(said, values, unit)
     return found
 
 
-def _note(found: Run, end_ms: int, sums: NDArray[np.float64]) -> None:
-    if sums[BASELINE, LABELS].sum():
-        found.day.append((end_ms - START_MS) / HOUR_MS / 24)
-        labels = np.maximum(sums[:, LABELS], 1)
-        mean = (sums[:, ABSOLUTE] / labels).mean(axis=1)
-        found.error.append(float(mean[MODEL]) if sums[MODEL, LABELS].sum() else float("nan"))
-        found.baseline.append(float(mean[BASELINE]))
+def _note(forecasts: Forecasts, said: NDArray[np.float64]) -> None:
+    """said: (leads, hours, sensors) by the hour spoken of."""
+    hour = (forecasts.issued_at_ms - START_MS) // HOUR_MS - 1
+    sensor = np.array([int(name[-3:]) for name in forecasts.sensors], np.int64)
+    for row, lead in enumerate(LEADS):
+        inside = hour + lead < said.shape[1]
+        said[row, hour[inside] + lead, sensor[inside]] = forecasts.mean[inside, lead - 1, 0]
 
 
-def between(run: Run, values: list[float], first: float, end: float) -> float:
-    day = np.array(run.day)
-    return float(np.nanmean(np.array(values)[(day > first) & (day <= end)]))
+def errors(said: NDArray[np.float64], values: NDArray[np.float64], unit: NDArray[np.float64]) -> NDArray[np.float64]:
+    known = np.isfinite(said)
+    error = np.where(known, np.abs(said - values) / unit, 0.0).sum(axis=(0, 2))
+    return error / np.where(known.any(axis=(0, 2)), known.sum(axis=(0, 2)), np.nan)
 
 
-def recovery_days(run: Run, change: float, end: float) -> float | None:
-    """From the change until the error of a whole day is back to where it settles (the last five days before `end`)."""
-    settled = between(run, run.error, end - 5, end)
+def seasonal_naive(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    said = np.full((len(LEADS), *values.shape), np.nan)
+    said[:, 24:] = values[:-24]
+    return said
+
+
+def between(error: NDArray[np.float64], first_day: float, end_day: float) -> float:
+    return float(np.nanmean(error[round(first_day * 24) : round(end_day * 24)]))
+
+
+def recovery_days(error: NDArray[np.float64], change: float, end: float) -> float | None:
+    """From the change to the end of the first whole day whose error is what it settles to (the last five days before `end`)."""
+    settled = between(error, end - 5, end)
     for hour in range(24, int((end - change) * 24) + 1):
         at = change + hour / 24
-        if between(run, run.error, at - 1, at) <= RECOVERED * settled:
-            return at - 1 - change if hour > 24 else 0.0
+        if between(error, at - 1, at) <= RECOVERED * settled:
+            return at - change
     return None
 
 
-def print_table(on: Run, off: Run) -> None:
+def print_table(on: Run, off: Run, naive: NDArray[np.float64]) -> None:
     print(
-        "\n| change | day | before | 2 days after, on / off | last 5 days before the next, on / off / seasonal naive | "
-        "recovered after | first promotion after |\n|---|---|---|---|---|---|---|"
+        "\n| change | before (5 days) | 2 days after, on / off / seasonal naive | last 5 days before the next, on / off / seasonal naive | "
+        "settled within 10 % after, on | alarm or schedule: first promotion after |\n|---|---|---|---|---|---|"
     )
     days = [*CHANGES.values(), DAYS]
     for (name, day), end in zip(CHANGES.items(), days[1:]):
-        recovered = recovery_days(on, day, end)
-        promoted = next((at for at, kind, *_ in on.decisions if kind == "promoted" and at > day), None)
+        recovered = recovery_days(on.error, day, end)
+        promoted = next(((at, why) for at, kind, why, _ in on.decisions if kind == "promoted" and at > day), None)
+        after, last = (
+            " / ".join(f"{between(error, *span):.3f}" for error in (on.error, off.error, naive))
+            for span in ((day, day + 2), (end - 5, end))
+        )
         cells = [
-            name,
-            str(day),
-            f"{between(on, on.error, day - 5, day):.3f}",
-            f"{between(on, on.error, day, day + 2):.3f} / {between(off, off.error, day, day + 2):.3f}",
-            f"{between(on, on.error, end - 5, end):.3f} / {between(off, off.error, end - 5, end):.3f} / "
-            f"{between(on, on.baseline, end - 5, end):.3f}",
+            f"{name}, day {day}",
+            f"{between(on.error, day - 5, day):.3f}",
+            after,
+            last,
             "-" if recovered is None else f"{recovered:.1f} d",
-            "-" if promoted is None else f"{promoted - day:.1f} d",
+            "-" if promoted is None else f"{promoted[0] - day:.1f} d ({promoted[1]})",
         ]
         print("| " + " | ".join(cells) + " |")
 
 
-def plot(on: Run, off: Run, path: Path) -> None:
+def plot(on: Run, off: Run, naive: NDArray[np.float64], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(10, 4.2), layout="constrained")
-    for one, values, label, colour in (
-        (off, off.baseline, "seasonal naive", "#999999"),
-        (off, off.error, "first model only", "#c2553b"),
-        (on, on.error, "retraining on schedule and on drift", "#1f5f8b"),
+    figure, axes = pyplot.subplots(figsize=(10, 4.4), layout="constrained")
+    for error, label, colour in (
+        (naive, "seasonal naive", "#999999"),
+        (off.error, "first model only", "#c2553b"),
+        (on.error, "retraining on schedule and on drift", "#1f5f8b"),
     ):
-        smooth = np.convolve(np.nan_to_num(values, nan=np.nan), np.ones(24) / 24, "valid")
-        axes.plot(one.day[23:], smooth, label=label, color=colour, linewidth=1.6)
+        smooth = np.convolve(error, np.ones(24) / 24, "valid")
+        axes.plot((np.arange(len(smooth)) + 24) / 24, smooth, label=label, color=colour, linewidth=1.6)
     for at, kind, trigger, _ in on.decisions:
-        axes.axvline(at, color="#1f5f8b", alpha=0.5, linewidth=0.8, linestyle="-" if kind == "promoted" else ":")
         if kind == "promoted":
-            axes.annotate(
-                trigger, (at, 1), xycoords=("data", "axes fraction"), rotation=90, fontsize=7, va="top", ha="right"
-            )
+            colour = "#d99a00" if trigger == "drift" else "#1f5f8b"
+            axes.axvline(at, color=colour, alpha=0.6, linewidth=0.9, linestyle=":")
+    axes.plot([], [], ":", color="#1f5f8b", label="promotion (schedule)")
+    axes.plot([], [], ":", color="#d99a00", label="promotion (drift)")
     for name, day in CHANGES.items():
         axes.axvline(day, color="black", linewidth=1.2, linestyle="--")
-        axes.annotate(f" {name} changes", (day, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
-    axes.set(xlabel="day", ylabel="matured absolute error, sd (mean of a day)", ylim=(0, None))
-    axes.legend(loc="upper left", fontsize=8)
+        axes.annotate(f" {name} changes", (day, 0.97), xycoords=("data", "axes fraction"), fontsize=8, va="top")
+    axes.set(
+        xlabel="day",
+        ylabel="matured absolute error, amplitudes\n(mean of 24 hours; log scale)",
+        xlim=(0, DAYS),
+        yscale="log",
+    )
+    axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
     figure.savefig(path, dpi=120)
 
 
@@ -214,11 +235,12 @@ def main() -> None:
     parser.add_argument("--sensors", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("docs/img"))
     given = parser.parse_args()
-    values = fleet(given.sensors)
-    on, off = run(values, learns=True), run(values, learns=False)
-    print_table(on, off)
+    values, unit = fleet(given.sensors)
+    on, off = run(values, unit, learns=True), run(values, unit, learns=False)
+    naive = errors(seasonal_naive(values), values, unit)
+    print_table(on, off, naive)
     given.out.mkdir(parents=True, exist_ok=True)
-    plot(on, off, given.out / "drift.png")
+    plot(on, off, naive, given.out / "drift.png")
 
 
 if __name__ == "__main__":

@@ -76,12 +76,16 @@ def challenge(
     sequences: Sequences,
     champion: Neural | None,
     progress: Callable[[TrainingProgress], None] | None = None,
+    changed_ms: int | None = None,
 ) -> Challenge:
     """Train a challenger, from the champion's weights where it has their shape, and hold it, the champion and the baselines against the
     newest held-back slice. A champion with another horizon or other quantiles cannot be compared: the baselines decide.
 
+    changed_ms: when the series began to behave otherwise. No more than half of what came since then is held back: who is judged by the
+    new behaviour must have seen some of it.
+
     Raises DeploymentError where the history is too short to train on."""
-    trained = _train(settings, spec, sequences, champion, progress)
+    trained = _train(settings, spec, sequences, champion, progress, _holdout(settings, sequences, changed_ms))
     compares = champion is not None and champion.spec == spec
     others: list[Forecaster] = [*([champion] if champion is not None and compares else []), *_baselines(spec)]
     own, *rest = evaluate(sequences, [trained.forecaster, *others], trained.holdout_from_ms)
@@ -107,6 +111,7 @@ def _train(
     sequences: Sequences,
     start: Neural | None,
     progress: Callable[[TrainingProgress], None] | None,
+    holdout: float | None = None,
 ) -> TrainedModel:
     training, model = settings.training, settings.model
     try:
@@ -122,13 +127,22 @@ def _train(
             epochs=training.epochs,
             patience=training.patience,
             learning_rate=training.learning_rate,
-            holdout=training.holdout,
+            holdout=holdout or training.holdout,
             seed=training.seed,
             start=start,
             progress=progress,
         )
     except TrainingError as error:
         raise DeploymentError(str(error)) from error
+
+
+def _holdout(settings: Settings, sequences: Sequences, changed_ms: int | None) -> float:
+    """Newest share of the steps."""
+    share = settings.training.holdout
+    if changed_ms is None or not len(sequences):
+        return share
+    middle_ms = (changed_ms + int(sequences.end_ms.max())) // 2
+    return min(share, float((sequences.end_ms > middle_ms).mean()) or share)
 
 
 def _baselines(spec: SeriesSpec) -> list[Forecaster]:

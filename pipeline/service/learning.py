@@ -114,6 +114,8 @@ class Due:
     """It may learn from windows that ended up to here."""
     reason: str
     """One plain sentence."""
+    changed_ms: int | None = None
+    """When the error began to rise, for "drift": there must be something to learn from and something to judge by after that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,6 +340,7 @@ class Learner:
             f"the error of {self._version} in partition {number} has been above its usual size since an alarm "
             f"{_span(now_ms - alarm_ms)} ago (statistic {self._partitions[number].detector.statistic:.1f}, "
             f"threshold {rule.drift_threshold:g})",
+            alarm_ms,
         )
 
     def _schedule(self, now_ms: int) -> Due | None:

@@ -428,7 +428,7 @@ class _Job:
         one_in = f" (one in {history.one_in} of {len(history.sensors):,})" if history.one_in > 1 else ""
         log.info("training on %s steps%s", f"{len(sequences):,}", one_in)
         spec = task_settings(settings).spec
-        return challenge(settings, spec, sequences, self._champion(), self._show)
+        return challenge(settings, spec, sequences, self._champion(), self._show, self.due.changed_ms)
 
     def _champion(self) -> Neural | None:
         if not self.champion:
