@@ -222,7 +222,7 @@ def plot(on: Run, off: Run, naive: NDArray[np.float64], path: Path) -> None:
         axes.annotate(f" {name} changes", (day, 0.97), xycoords=("data", "axes fraction"), fontsize=8, va="top")
     axes.set(
         xlabel="day",
-        ylabel="matured absolute error, amplitudes\n(mean of 24 hours; log scale)",
+        ylabel="matured absolute error, in amplitudes\n(mean of 24 hours)",
         xlim=(0, DAYS),
         yscale="log",
     )

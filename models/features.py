@@ -262,6 +262,14 @@ def rnn_inputs(context: Context) -> Float32:
     return np.concatenate([*parts, context.calendar()], axis=2)
 
 
+def scaled_inputs(spec: SeriesSpec) -> Bool:
+    """(F,) of `rnn_inputs`: which are distances in scale, so that another scale would make them larger or smaller."""
+    channels = len(spec.channels)
+    season = len(spec.targets) * len(lead_knots(spec.horizon)) if spec.seasons else 0
+    flags = [True] * channels + [False] * channels + [True] * channels + [True] * season
+    return np.array(flags + [False] * (input_size(spec) - len(flags)))
+
+
 def to_float32(values: NDArray[Any]) -> Float32:
     """Rounded to float32; what lies beyond its range is held at LARGEST, so that finite stays finite."""
     return np.asarray(np.clip(values, -LARGEST, LARGEST), np.float32)

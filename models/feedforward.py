@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from models.features import Context, input_size, rnn_inputs
+from models.features import Context, input_size, rnn_inputs, scaled_inputs
 from models.forecaster import Column, Prediction, Rows, SeriesSpec, StepBlock
 from models.rnn import Network, build_heads, in_original_units, load_tensorflow
 
@@ -58,3 +58,8 @@ class FeedForward:
         """(B, T, F)"""
         window = context.window(self.window)
         return np.concatenate([rnn_inputs(context), window.reshape(*window.shape[:2], -1)], axis=2)
+
+    def scaled_inputs(self) -> NDArray[np.bool_]:
+        """(F,) which of the inputs are distances in scale."""
+        window = np.ones(self.net.input_size - input_size(self.spec), np.bool_)
+        return np.concatenate([scaled_inputs(self.spec), window])

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.features import Context, input_size, rnn_inputs
+from models.features import Context, input_size, rnn_inputs, scaled_inputs
 from models.forecaster import Column, Prediction, Rows, SeriesSpec, StepBlock
 
 Float32 = NDArray[np.float32]
@@ -281,6 +281,10 @@ class RNNForecaster:
     def inputs(self, context: Context) -> Float32:
         """(B, T, F)"""
         return rnn_inputs(context)
+
+    def scaled_inputs(self) -> Bool:
+        """(F,) which of the inputs are distances in scale."""
+        return scaled_inputs(self.spec)
 
 
 def in_original_units(mean: Float32, quantiles: Float32, context: Context) -> Prediction:

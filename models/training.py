@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.evaluation import Figures, evaluate
-from models.features import SeriesMemory
+from models.features import CLIP, SeriesMemory
 from models.feedforward import FeedForward, FeedForwardNet, default_window
 from models.forecaster import SeriesSpec
 from models.rnn import Network, RecurrentNet, RNNForecaster, load_tensorflow
@@ -41,6 +41,10 @@ WEIGHT_DECAY = 3e-3
 LEAST_UPDATES = 32
 """Of the weights in an epoch: a short history goes through fewer lanes, so that it teaches as often."""
 LEAST_LANES = 8
+SCALE_JITTER = 0.4
+"""Standard deviation of the logarithm of the factor by which a piece's scale is taken to be off: a running scale that lags behind
+what a sensor does now, after its amplitude or its level has changed, is then nothing new to the network. (Um, T. T. et al. (2017),
+Data augmentation of wearable sensor data, ICMI: "scaling".)"""
 WARM_RATE = 0.5
 """Of the learning rate, where trained weights are the beginning: they are to be corrected, not found."""
 PIECE_CHUNKS = 8
@@ -198,6 +202,8 @@ class Examples:
         self.inputs = np.empty((len(sequences), forecaster.net.input_size), np.float32)
         self.last = np.empty((len(sequences), len(spec.targets)))
         self.scale = np.empty_like(self.last)
+        self.scaled = forecaster.scaled_inputs()
+        """(F,) which inputs are distances in scale."""
         for block, context, _ in walk(sequences, SeriesMemory(spec, forecaster.ring_steps)):
             at = block.positions()
             self.inputs[at] = forecaster.inputs(context)[block.live]
@@ -305,7 +311,8 @@ class _Run:
         pieces = cut_pieces(futures.run_start, end, size, offset, options.warmup_steps)
         chunks = max(1.0, float((pieces.end - pieces.start).sum()) / options.chunk_steps)
         losses, labels, passed = [], 0.0, 0.0
-        for inputs, live in self._batches(pieces, self.random.permutation(len(pieces.start)), self.stopping_from_ms):
+        order = self.random.permutation(len(pieces.start))
+        for inputs, live in self._batches(pieces, order, self.stopping_from_ms, SCALE_JITTER):
             self._optimizer.learning_rate.assign(self._learning_rate(epoch - 1 + min(1.0, passed / chunks)))
             loss, self._state = self._step(*inputs)
             losses.append(float(loss))
@@ -336,16 +343,24 @@ class _Run:
         return total / weight if weight else float("nan")
 
     def _batches(
-        self, pieces: Pieces, order: Int64, until_ms: int
+        self, pieces: Pieces, order: Int64, until_ms: int, jitter: float = 0.0
     ) -> Iterator[tuple[tuple[Any, ...], NDArray[np.bool_]]]:
-        """Arguments of the compiled steps, chunk after chunk; `_state` is carried between them."""
-        options = self.options
+        """Arguments of the compiled steps, chunk after chunk; `_state` is carried between them, and each piece's own factor of
+        the scale, of which `jitter` is the spread."""
+        options, scaled = self.options, self.examples.scaled
         self._state = self.net.empty_state(options.lanes)
+        factor = np.ones((options.lanes, 1, 1), np.float32)
         for position, live, counts, fresh in lane_chunks(pieces, order, options.lanes, options.chunk_steps):
             state = np.where(fresh[:, None], np.float32(0), np.asarray(self._state))
+            x = self.examples.inputs[position]
             label, known = self.examples.labels(position, until_ms)
             weight = (known & counts[:, :, None, None]).astype(np.float32)
-            yield (self.examples.inputs[position], live, state, label, weight), live
+            if jitter:
+                drawn = np.exp(self.random.normal(0.0, jitter, factor.shape)).astype(np.float32)
+                factor = np.where(fresh[:, None, None], drawn, factor)
+                x = np.where(scaled, np.clip(x * factor, -CLIP, CLIP), x)
+                label = np.clip(label * factor[..., None], -LABEL_CLIP, LABEL_CLIP)
+            yield (x, live, state, label, weight), live
 
     def _piece_chunks(self, steps: int) -> int:
         """Long pieces carry state far; but every lane should have one."""
