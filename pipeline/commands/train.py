@@ -117,6 +117,10 @@ def _report(context: CommandContext, trained: Trained, folder: Path) -> None:
         f"model {model.forecaster.version} in {folder}: best of epoch {model.best_epoch} of {len(model.history)}, "
         f"{model.data['steps']:,} steps of {model.data['sensors']:,} sensors, {model.seconds:.0f} s"
     )
+    context.note(
+        f"to serve it: `millrace models import {folder} --promote`, at any time; a worker that finds no champion when it starts "
+        "takes what is at model.path"
+    )
     if not trained.beats_baselines:
         context.note(
             "it does not beat the baselines on this history: give it more history, or more epochs, before you serve it"

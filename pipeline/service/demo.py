@@ -1,9 +1,10 @@
 """The demo: everything at once, and all of it real.
 
-    broker      a Kafka of its own (or one that is there), six topics
+    broker      a Kafka of its own (or one that is there), seven topics
     history     some weeks of a simulated fleet; a worker without a model answers with the baseline
     training    `millrace train` on the topic
-    live        `millrace run` with the model; a week's end in half a minute; killed with -9 in the middle and started again
+    serving     `millrace models import --promote`: the model takes over while the worker runs
+    live        a week's end in half a minute; the worker is killed with -9 in the middle and started again
     account     every forecast and dead letter counted against what was sent; figures, picture, page
 
 Each program is a process of its own and its output goes to OUT/logs. Whatever happens, what was started is stopped.
@@ -24,6 +25,7 @@ import numpy as np
 
 from pipeline.errors import DeploymentError
 from pipeline.kafka.broker import LocalBroker
+from pipeline.kafka.registry import read
 from pipeline.kafka.sink import Partitioner, RecordSink
 from pipeline.kafka.topics import create
 from pipeline.service.assembly import task_settings
@@ -169,8 +171,8 @@ class Demo:
             self._send_until(self.plan.live_from_ms, step_ms=DAY_MS)
         with self.narrator.stage("training: millrace train") as say:
             self._train(say)
-        with self.narrator.stage("serving: millrace run with the model"):
-            self._restart_with_model()
+        with self.narrator.stage("serving: millrace models import --promote") as say:
+            self._promote(say)
         with self.narrator.stage(f"live: {self.plan.live_hours} hours in {self.plan.live_seconds:.0f} seconds"):
             self._live()
         with self.narrator.stage("the last answers") as say:
@@ -231,18 +233,23 @@ class Demo:
         if not Path(self.settings.model.path).exists():
             raise DeploymentError(f"`millrace train` ended well, but there is no model at {self.settings.model.path}")
 
-    def _restart_with_model(self) -> None:
-        """Ends the worker cleanly, starts one that has the model, and waits until the model answers."""
+    def _promote(self, say: Callable[[str], None]) -> None:
+        """Puts the model onto the models topic as champion, and waits until it answers: the worker takes it up while it runs."""
         self._listen(self.settings.topics.readings_topic, READINGS_BACK, self.view.take_readings)
-        self._stop_worker()
-        self._start_worker()
+        importer = self._child("import", "models", "import", self.settings.model.path, "--promote")
+        self._wait_for(importer.finished, "the model on its topic")
+        say("the model is champion; the worker loads it in the background")
+        self._wait_for(lambda: len(read(self.settings).swaps) == self.settings.topics.partitions, "the model's turn")
         self._send_until(self.plan.live_from_ms + HEAD_START_MS)
+        self._wait_for(lambda: bool(self.tally.statuses().get("ok")), "a forecast of the model")
+
+    def _wait_for(self, true: Callable[[], bool], what: str) -> None:
         deadline = time.monotonic() + ANSWER_SECONDS
-        while not self.tally.statuses().get("ok"):
+        while not true():
             self._poll()
             self._check_worker()
             if time.monotonic() > deadline:
-                raise DeploymentError(f"no forecast of the model within {ANSWER_SECONDS:.0f} s; see {self._logs}")
+                raise DeploymentError(f"not within {ANSWER_SECONDS:.0f} s: {what}; see {self._logs}")
 
     def _live(self) -> None:
         began, from_ms = time.monotonic(), self._sent_until_ms
@@ -286,7 +293,7 @@ class Demo:
     # -- the pieces
 
     def _child(self, name: str, command: str, *arguments: str) -> Child:
-        child = Child([command, "--config", str(self._settings_path), *arguments], self._logs / f"{name}.log")
+        child = Child([command, *arguments, "--config", str(self._settings_path)], self._logs / f"{name}.log")
         return self._stack.enter_context(child)
 
     def _check_worker(self) -> None:
