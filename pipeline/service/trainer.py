@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -211,7 +212,6 @@ class Trainer:
 
     def _conclude(self, duty: _Duty, job: _Job) -> None:
         self._job = None
-        result = "failed"
         decide, result = job.decision(self.settings)
         self._write(duty, decide, job.asked)
         self.metrics.trainings.labels(job.due.trigger, result).inc()
@@ -308,10 +308,14 @@ class _Duty:
             if until_ms is not None and decision.event_time_ms is not None and decision.event_time_ms > until_ms:
                 return
             self._pending.pop(0)
-            if decision.kind in ("promoted", "imported", "rolled-back"):
+            # A first champion is imported; whatever else is imported does not serve yet.
+            if decision.kind in ("promoted", "rolled-back") or (decision.kind, decision.trigger) == (
+                "imported",
+                "first",
+            ):
                 previous = decision.champion if decision.kind == "promoted" else ""
                 self.learner.champion(decision.version, previous, decision.event_time_ms)
-            if decision.event_time_ms is not None and decision.trigger != "by-hand":
+            if decision.event_time_ms is not None:
                 self.learner.decided(
                     decision.event_time_ms, decision.kind != "rolled-back", requested=decision.trigger == "request"
                 )
@@ -450,6 +454,4 @@ class _Job:
 
 
 def _instant(epoch_ms: int) -> str:
-    from datetime import UTC, datetime
-
-    return datetime.fromtimestamp(epoch_ms / 1000, UTC).isoformat(timespec="minutes")
+    return f"{datetime.fromtimestamp(epoch_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

@@ -39,6 +39,7 @@ from pipeline.kafka.registry import (
     write,
 )
 from pipeline.service.assembly import task_settings
+from pipeline.service.feed import OWN
 from pipeline.settings import Settings
 
 FIGURES = ("pinball", "mse", "mae", "coverage", "expected_coverage", "labels")
@@ -238,10 +239,11 @@ def require_promotable(settings: Settings, version: Version, force: bool) -> Non
 
 
 def require_spec(settings: Settings, label: str, manifest: dict[str, Any]) -> None:
-    """Raises DeploymentError, naming the keys, where a manifest speaks of other series than the settings."""
+    """Raises DeploymentError, naming the keys, where a manifest speaks of other series than the settings. Horizon and quantiles
+    are the model's own."""
     ours = json.loads(json.dumps(asdict(task_settings(settings).spec)))
     theirs = manifest["spec"]
-    different = [key for key in ours if theirs.get(key) != ours[key]]
+    different = [key for key in ours if theirs.get(key) != ours[key] and key not in OWN]
     if different:
         found = ", ".join(f"{key}={theirs.get(key)!r}" for key in different)
         expected = ", ".join(f"{key}={ours[key]!r}" for key in different)
