@@ -48,6 +48,8 @@ POLL_TIMEOUT_MS: Final = 200
 CATCH_UP_SECONDS: Final = 60.0
 STILL_OPEN_SECONDS: Final = 30.0
 """How much longer than kafka.transaction_timeout a transaction may stay open: brokers look for those that are overdue every 10 s."""
+SEEN_SECONDS: Final = 10.0
+"""How long `write` waits for readers to see what it has committed."""
 BACKOFF_SECONDS: Final = 0.1
 """Writers that overtook each other wait at random before they try again, up to twice as long each time."""
 
@@ -253,11 +255,11 @@ class RegistryReader:
         BrokerUnavailable when that takes longer than CATCH_UP_SECONDS."""
         self._read_to(self._source.end_offsets([PARTITION])[PARTITION], CATCH_UP_SECONDS)
 
-    def catch_up_past(self, end: int) -> None:
-        """Reads to `end`, an offset of the log as it is; waits for transactions that are open there. Raises DeploymentError
-        when one stays open for longer than any may."""
-        limit = self._settings.kafka.transaction_timeout_ms / 1000 + STILL_OPEN_SECONDS
-        self._read_to(end, max(limit, CATCH_UP_SECONDS))
+    def catch_up_past(self, end: int, limit_seconds: float | None = None) -> None:
+        """Reads to `end`, an offset of the log as it is; waits for transactions that are open there. Raises BrokerUnavailable
+        when one stays open for longer than `limit_seconds` (None: longer than any may)."""
+        longest = self._settings.kafka.transaction_timeout_ms / 1000 + STILL_OPEN_SECONDS
+        self._read_to(end, max(longest, CATCH_UP_SECONDS) if limit_seconds is None else limit_seconds)
 
     def poll(self, timeout_ms: int = POLL_TIMEOUT_MS) -> bool:
         """Reads what has come, waiting up to `timeout_ms` for it. True: the view has changed."""
@@ -340,7 +342,8 @@ def write(
     offsets: Mapping[int, int] | None = None,
     membership: Membership | None = None,
 ) -> list[Record]:
-    """Decides and writes, in one transaction that no other writer can come between. Returns what was written.
+    """Decides and writes, in one transaction that no other writer can come between. Returns what was written, when readers of
+    committed records see it.
 
     decide: from a view of everything that is committed to the records to write; empty: nothing is to be done. Called again, on
     a newer view, when another writer came in between, or when it is not known whether the transaction was committed: so
@@ -357,6 +360,7 @@ def write(
                 records = list(decide(writer.view_under_fence()))
                 if records or offsets:
                     writer.commit(records, offsets, membership)
+                    writer.wait_until_seen()
                 return records
             except TransactionFailed as error:
                 failure = error
@@ -388,7 +392,7 @@ class _Writer:
         """Everything that was committed before this writer's turn began. Raises TransactionFailed when its turn cannot begin."""
         self._take_turn()
         # Not the end of committed records: a worker's open transaction may stand before what another writer has committed.
-        self._reader.catch_up_past(self._log.end_offsets([PARTITION])[PARTITION])
+        self._reader.catch_up_past(self._log_end())
         return self._reader.view
 
     def commit(
@@ -397,12 +401,23 @@ class _Writer:
         assert self._sink is not None
         self._sink.commit(batches(records, self._topic), offsets or {}, membership)
 
+    def wait_until_seen(self) -> None:
+        """A broker answers a commit when it is decided, and lets readers see it a moment later. If that takes long, which is when
+        a worker has died in a transaction of its own, they see it later: it is committed all the same."""
+        try:
+            self._reader.catch_up_past(self._log_end(), SEEN_SECONDS)
+        except DeploymentError as error:
+            log.warning("what was written is committed, but readers do not see it yet: %s", error)
+
+    def _log_end(self) -> int:
+        return self._log.end_offsets([PARTITION])[PARTITION]
+
     def _take_turn(self) -> None:
         if self._sink is not None:
             self._sink.settle()
             return
         try:
-            self._sink = TransactionalSink(self._settings, f"{self._settings.kafka.group_id}-models")
+            self._sink = TransactionalSink(self._settings, f"{self._settings.kafka.group_id}/models")
         except DeploymentError as error:
             cause = error.__cause__
             if isinstance(error, BrokerUnavailable) or not isinstance(cause, KafkaError) or isinstance(cause, FINAL):

@@ -88,7 +88,7 @@ def reset(settings: Settings, to: To) -> list[dict[str, Any]]:
     group = settings.kafka.group_id
     if members := group_members(settings, group):
         raise DeploymentError(f'group "{group}" has {members} members: stop its workers first (millrace run)')
-    sink = TransactionalSink(settings, f"{group}-reset")
+    sink = TransactionalSink(settings, f"{group}/reset")
     try:
         with RecordSource(settings, settings.topics.readings_topic) as source:
             return [_reset_partition(settings, source, sink, partition, to) for partition in source.partitions]

@@ -50,6 +50,7 @@ from tests.helpers.settings import again
 
 LARGE = 2_500_000
 """Bytes of a model of three chunks."""
+HOUR_MS = 3_600_000
 
 
 @pytest.fixture
@@ -73,7 +74,7 @@ def body_of(name: str, size: int = 1_000) -> bytes:
 
 def manifest_of(settings: Settings, name: str, body: bytes) -> dict[str, Any]:
     """As `models.artifact` writes it, of a network that nobody will load."""
-    return {
+    manifest = {
         "format": 1,
         "version": name,
         "sha256": hashlib.sha256(body).hexdigest(),
@@ -86,6 +87,7 @@ def manifest_of(settings: Settings, name: str, body: bytes) -> dict[str, Any]:
             {"name": "LastValue", "pinball": 0.5, "coverage": 0.7, "labels": 10},
         ],
     }
+    return json.loads(json.dumps(manifest))  # type: ignore[no-any-return]
 
 
 def model_folder(settings: Settings, folder: Path, name: str, size: int = 1_000) -> Path:
@@ -225,7 +227,7 @@ def test_a_reader_never_sees_a_version_without_all_its_chunks(settings: Settings
 
 def test_a_version_whose_transaction_was_given_up_is_never_seen(settings: Settings) -> None:
     records = publication(settings, "gru8-lost")(RegistryView())
-    with closing(TransactionalSink(settings, f"{settings.kafka.group_id}-models")) as dead:
+    with closing(TransactionalSink(settings, f"{settings.kafka.group_id}/models")) as dead:
         dead._begin()
         dead._send(batches(records, settings.topics.models_topic))
         dead._flush()  # killed before it could commit
@@ -386,8 +388,8 @@ def test_the_champion_on_the_topic_goes_before_the_folder(settings: Settings, tm
 
 
 def test_a_folder_made_for_other_settings_is_not_put_on_the_topic(settings: Settings) -> None:
-    model_folder(again(settings, forecast__horizon=9), Path(settings.model.path), "gru8-a")
-    with pytest.raises(DeploymentError, match=r"manifest\.json: made for horizon=9; expected horizon=3"):
+    model_folder(again(settings, forecast__season_ms=(12 * HOUR_MS,)), Path(settings.model.path), "gru8-a")
+    with pytest.raises(DeploymentError, match=r"manifest\.json: made for seasons=\[12\]; expected seasons=\[24\]"):
         versions.ensure_champion(settings)
     assert read(settings).versions == {}
 
@@ -485,13 +487,20 @@ def test_versions_that_are_not_there_or_do_not_fit_are_refused_with_the_mend(
 ) -> None:
     assert "holds no model" in said_by(millrace("promote", "gru8-a"))
     assert "names no champion" in said_by(millrace("rollback"))
-    other = again(settings, forecast__horizon=9)
-    rows_of(millrace("import", str(model_folder(other, tmp_path / "long", "gru8-long"))))
+    other = again(settings, forecast__season_ms=(12 * HOUR_MS,))
+    rows_of(millrace("import", str(model_folder(other, tmp_path / "half", "gru8-half"))))
     for command in (("promote", "9"), ("show", "9"), ("export", "9", str(tmp_path / "out"))):
-        assert "no version '9'; expected one of 1 (gru8-long)" in said_by(millrace(*command))
+        assert "no version '9'; expected one of 1 (gru8-half)" in said_by(millrace(*command))
     said = said_by(millrace("promote", "1"))
-    assert "version 1 (gru8-long): made for horizon=9; expected horizon=3 as the settings say; train" in said
+    assert "version 1 (gru8-half): made for seasons=[12]; expected seasons=[24] as the settings say; train" in said
     assert read(settings).champion is None
+
+
+def test_a_model_with_a_horizon_of_its_own_may_be_promoted(
+    settings: Settings, millrace: Callable[..., Result], tmp_path: Path
+) -> None:
+    folder = model_folder(again(settings, forecast__horizon=9), tmp_path / "long", "gru8-long")
+    assert [row["kind"] for row in rows_of(millrace("import", str(folder), "--promote"))] == ["imported", "promoted"]
 
 
 def test_a_folder_that_is_not_whole_is_not_imported(

@@ -1,4 +1,4 @@
-"""The six topics on a real broker: made as the settings need them, and held against them."""
+"""The seven topics on a real broker: made as the settings need them, and held against them."""
 
 import socket
 import time
