@@ -34,7 +34,7 @@ def alter(broker: RunningBroker, topic: str, **configs: str) -> None:
 
 def test_what_create_makes_passes_the_check(settings):
     rows = topics.create(settings)
-    assert [row["done"] for row in rows] == ["created"] * 6
+    assert [row["done"] for row in rows] == ["created"] * 7
     assert [row["partitions"] for row in rows] == [4, 4, 4, 4, 1, 1]
     assert topics.check(settings) == []
 
@@ -42,7 +42,7 @@ def test_what_create_makes_passes_the_check(settings):
 def test_create_leaves_topics_that_exist_as_they_are(broker, settings):
     topics.create(settings)
     produce_records(broker, settings.topics.readings_topic, [(b"pump-17", b"{}")])
-    assert [row["done"] for row in topics.create(settings)] == ["exists"] * 6
+    assert [row["done"] for row in topics.create(settings)] == ["exists"] * 7
     assert len(read_all(broker, settings.topics.readings_topic)) == 1
 
 
@@ -54,7 +54,7 @@ def test_the_check_names_each_missing_topic_and_the_command_that_makes_it(settin
 
 def test_a_check_makes_no_topics(settings):
     topics.check(settings)
-    assert len(topics.check(settings)) == 6
+    assert len(topics.check(settings)) == 7
 
 
 def test_readings_with_another_partition_count_are_kept_and_the_settings_are_to_follow(broker, settings):
