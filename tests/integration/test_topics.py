@@ -35,7 +35,7 @@ def alter(broker: RunningBroker, topic: str, **configs: str) -> None:
 def test_what_create_makes_passes_the_check(settings):
     rows = topics.create(settings)
     assert [row["done"] for row in rows] == ["created"] * 7
-    assert [row["partitions"] for row in rows] == [4, 4, 4, 4, 1, 1]
+    assert [row["partitions"] for row in rows] == [4, 4, 4, 4, 1, 1, 4]
     assert topics.check(settings) == []
 
 
