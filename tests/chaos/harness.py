@@ -1,10 +1,12 @@
 """Workers that are killed, moved and cut off from their brokers while readings flow; afterwards the oracle judges.
 
-    model ─> brokers ─> topics ─> workers ─> load ─> first commits
-                                                       │
-                             storm: kills, rebalances, broker restarts and broker kills, in random order
-                                                       │
+    models ─> brokers ─> topics ─> workers ─> load ─> first commits
+                                                        │
+                             storm: kills, swaps, rebalances, broker restarts and broker kills, in random order
+                                                        │
     the rest of the readings ─> all of it committed ─> workers stop ─> oracle
+
+Swaps are promotions of other models, made before (`tests.chaos.models`); workers find them by themselves.
 
 Kills come in pairs: one worker dies at a random moment and comes back with an appointment (`--die-at`), which it keeps a little later;
 then it comes back for good. Static members take their partitions back at once, dynamic ones leave theirs to the others until their
@@ -23,22 +25,24 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-import numpy as np
-
 from pipeline.kafka import topics
 from pipeline.kafka.broker import LocalBroker
 from pipeline.settings import Settings, load
-from tests.chaos.load import LONGEST_GAP, SEASON, START_MS, WINDOW_MS, Load
+from tests.chaos.load import Load
+from tests.chaos.models import load_models, make_model, make_variants, shape
 from tests.chaos.oracle import judge
 from tests.chaos.plan import ChaosPlan, ChaosReport
 from tests.chaos.processes import Group, WorkerProcess
-from tests.chaos.worker import FAULTS, POINTS
+from tests.chaos.swaps import PROMOTE_SECONDS, Succession, pauses
+from tests.chaos.worker import FAULTS, POINTS, SWAP_POINTS
 from tests.helpers.cluster import JVM_OPTIONS, LocalCluster
 
 PARTITIONS: Final = 6
 STATIC_WORKERS: Final = 2
-UNITS, HORIZON, WARMUP = 16, 6, 6
+KEEP_VERSIONS: Final = 10
 FIRST_COMMIT_SECONDS: Final = 120.0
+SETTLED_SECONDS: Final = 10.0
+"""Where nobody dies, pauses in output are measured: what workers catch up with and compile at their start is none of those."""
 APPOINTMENT_SECONDS: Final = 60.0
 """How long a worker may take to come to the point where it is to die: start, assignment, some transactions."""
 BROKER_AWAY_SECONDS: Final = (1.0, 8.0)
@@ -54,6 +58,12 @@ GROWN_UP_SECONDS: Final = 20.0
 """Age at which a worker has long been started and has its partitions; a younger one may not even know SIGTERM yet."""
 STARTS_IN_VAIN_SECONDS: Final = 60.0
 MOST_FAILURES: Final = 3
+TAKEOVER_SECONDS: Final = 60.0
+"""From a promotion to the last partition; a worker that was just started, and partitions that are on their way, included."""
+PROMOTE_AGAIN_SECONDS: Final = 15.0
+"""Who is to die in a swap may have had none to make yet: it had no partition, or the champion already."""
+SWAP_UNDER_WAY_SECONDS: Final = 5.0
+"""Within this time after a promotion models are loaded, compiled, and have taken over."""
 REPORT_EVERY_SECONDS: Final = 10.0
 
 
@@ -74,27 +84,6 @@ def run(plan: ChaosPlan, say: Callable[[str], None] = lambda line: None) -> Chao
     else:
         _remove(folder)
     return report
-
-
-def make_model(folder: Path, seed: int = 0) -> Path:
-    """A small GRU for the load's series; how good it is does not matter, that its hidden state matters does."""
-    from models.sequences import Sequences
-    from pipeline.service.assembly import task_settings
-    from pipeline.service.fitting import fit
-
-    settings = load(None, {}, _shape(folder))
-    steps, sensors = 20 * SEASON, 8
-    sensor = np.repeat(np.arange(sensors, dtype=np.int32), steps)
-    end_ms = np.tile(START_MS - WINDOW_MS * np.arange(steps)[::-1], sensors)
-    wave = 20 + 4 * np.sin(2 * np.pi * np.arange(steps) / SEASON)
-    values = np.tile(wave, sensors)[:, None] + np.random.default_rng(seed).normal(0, 0.5, (sensors * steps, 1))
-    fit(
-        settings,
-        task_settings(settings).spec,
-        Sequences(sensor, end_ms, values, np.zeros(len(sensor), np.bool_)),
-        folder,
-    )
-    return folder
 
 
 class Brokers(Protocol):
@@ -120,31 +109,41 @@ class _Chaos:
         self._workers: dict[str, WorkerProcess] = {}
         self._born = 0
         self._load: Load | None = None
+        self._succession: Succession | None = None
+        self._memory: list[dict[tuple[str, int], int]] = []
+        """Bytes resident of each worker (name, pid), again and again."""
         self._broker_back_at: float | None = float("-inf")
         """When the last broker that was away came back; None: one is away."""
 
     def carry_out(self) -> None:
         model = self.plan.model or make_model(self.folder / "model")
+        variants = (self.plan.variants or make_variants(self.folder / "variants")) if self.plan.swaps else ()
         self._brokers = self._start_brokers()
         self.settings = self._write_settings("oracle", model)
         topics.create(self.settings)
         self._group = self._stack.enter_context(Group(self.settings))
+        if variants:
+            self._succession = Succession(self._config("oracle"), [model, *variants])
+            self._stack.callback(self._succession.close)
         self._stack.callback(self._kill_all)
         for number in range(self.plan.workers):
             self._add_worker(static=number < STATIC_WORKERS)
         self._start_load()
         self._until(self._group.has_committed_everywhere, FIRST_COMMIT_SECONDS, "a first commit of every partition")
         self._tell("the workers answer")
+        if not self.plan.kills:
+            self._calm(SETTLED_SECONDS)
+        begun_ms = 1000 * time.time()
         self._storm()
+        ended_ms = 1000 * time.time()
         self._send_the_rest()
         self._until(lambda: self._group.lag() == 0, DRAIN_SECONDS, "the group's offsets at the ends of the log")
         # A partition may be committed to its end, and its newest owner still be restoring it.
         self._until(self._all_grown_up, GROWN_UP_SECONDS + STOP_SECONDS, "workers that go on running")
         self._stop_workers()
         self._tell("the workers have stopped; the oracle reads")
-        from pipeline.service.assembly import load_model
-
-        self.report.verdict = judge(self.settings, load_model(self.settings))
+        verdict = self.report.verdict = judge(self.settings, load_models([model, *variants]))
+        self.report.pauses_in_output = pauses(verdict.committed, begun_ms, ended_ms)
 
     # -- what it needs
 
@@ -162,7 +161,7 @@ class _Chaos:
         return brokers
 
     def _write_settings(self, name: str, model: Path, instance: str = "") -> Settings:
-        overrides = _shape(model) | {
+        overrides = shape(model) | {
             "kafka.bootstrap_servers": self._brokers.bootstrap_servers,
             "kafka.session_timeout": SESSION,
             "kafka.transaction_timeout": "10s",
@@ -171,6 +170,7 @@ class _Chaos:
             "topics.partitions": PARTITIONS,
             "topics.replication_factor": self.plan.brokers,
             "state.checkpoint_every": self.plan.checkpoint_every,
+            "retraining.keep_versions": KEEP_VERSIONS,
         }
         path = self._config(name)
         path.write_text(_toml(overrides), encoding="utf-8")
@@ -252,14 +252,20 @@ class _Chaos:
     # -- the storm
 
     def _storm(self) -> None:
+        self._note_memory()
         for event in self._schedule():
             self._calm(self._random.uniform(*CALM_SECONDS))
             event()
         self._calm(CALM_SECONDS[1])
+        self._note_memory()
+        self.report.memory = self._memory_of_survivors() if self.plan.swaps else {}
 
-    def _schedule(self) -> list[Callable[[], None]]:
+    def _schedule(self) -> list[Callable[[], Any]]:
         plan = self.plan
-        events: list[Callable[[], None]] = [self._kill_twice] * (plan.kills // 2) + [self._kill_once] * (plan.kills % 2)
+        hasty = min(plan.swaps // 2, plan.kills // 2)
+        events: list[Callable[[], Any]] = [self._kill_twice] * (plan.kills // 2 - hasty)
+        events += [self._swap_and_kill] * hasty + [self._swap] * (plan.swaps - hasty)
+        events += [self._kill_once] * (plan.kills % 2)
         events += [self._rebalance] * plan.rebalances + [self._restart_broker] * plan.broker_restarts
         events += [self._kill_broker] * plan.broker_kills + [self._pause] * plan.pauses
         self._random.shuffle(events)
@@ -279,8 +285,12 @@ class _Chaos:
         name = self._kill_once(self._appointment())
         second = self._workers[name]
         deadline = time.monotonic() + APPOINTMENT_SECONDS
+        again = time.monotonic()
         while self._workers.get(name) is second and time.monotonic() < deadline:
             self._calm(0.2)
+            if second.appointment in SWAP_POINTS and time.monotonic() >= again:
+                self._promote()
+                again = time.monotonic() + PROMOTE_AGAIN_SECONDS
         if self._workers.get(name) is second:
             # It lives, has partitions and readings, and commits nothing: a worker that hangs is as bad as one that ends.
             self._fail(f"{name} did not come to {second.appointment} within {APPOINTMENT_SECONDS:.0f} s", second)
@@ -290,9 +300,39 @@ class _Chaos:
 
     def _appointment(self) -> str:
         points = FAULTS[self.plan.fault].points if self.plan.fault else POINTS
+        if self.plan.swaps and not self.plan.fault:
+            points = (*SWAP_POINTS, *points)
         # In turn, so that a few dozen kills visit every point several times.
         point = points[self.report.kills.total() // 2 % len(points)]
-        return f"{point}:{self._random.randint(1, 4 if point == 'mid-checkpoint' else 8)}"
+        most = 1 if point in SWAP_POINTS else 4 if point == "mid-checkpoint" else 8
+        return f"{point}:{self._random.randint(1, most)}"
+
+    def _promote(self) -> str:
+        """The next version becomes champion. Returns it."""
+        assert self._succession is not None
+        promotion = self._succession.promote_next()
+        self._until(promotion.done, PROMOTE_SECONDS + 10.0, "a promotion")
+        self.report.swaps += 1
+        return promotion.result()
+
+    def _swap(self) -> None:
+        """Another model takes over everywhere."""
+        assert self._succession is not None
+        version, started = self._promote(), time.monotonic()
+        while not self._succession.taken_over(version):
+            if time.monotonic() > started + TAKEOVER_SECONDS:
+                what = f"{version} did not take over in every partition within {TAKEOVER_SECONDS:.0f} s"
+                self.report.failures.append(what)
+                return
+            self._watch()
+        self.report.takeover_seconds.append(time.monotonic() - started)
+        self._note_memory()
+
+    def _swap_and_kill(self) -> None:
+        """Nobody waits for the model: somebody dies while it is loaded, compiled, or takes over."""
+        self._promote()
+        self._calm(self._random.uniform(0.0, SWAP_UNDER_WAY_SECONDS))
+        self._kill_twice()
 
     def _rebalance(self) -> None:
         """Two dynamic workers become one, or one two."""
@@ -346,6 +386,13 @@ class _Chaos:
 
     # -- afterwards
 
+    def _note_memory(self) -> None:
+        self._memory.append({(name, one.pid): one.resident_bytes for name, one in self._workers.items()})
+
+    def _memory_of_survivors(self) -> dict[str, list[int]]:
+        survivors = set.intersection(*map(set, self._memory))
+        return {name: [sizes[name, pid] for sizes in self._memory] for name, pid in sorted(survivors)}
+
     def _send_the_rest(self) -> None:
         assert self._load is not None
         self._load.hurry()
@@ -392,6 +439,7 @@ class _Chaos:
         lag = self._group.lag()
         brokers = f"broker kills {report.broker_kills}/{plan.broker_kills}  " if plan.broker_kills else ""
         brokers += f"restarts {report.broker_restarts}/{plan.broker_restarts}  " if plan.broker_restarts else ""
+        brokers += f"promotions {report.swaps}/{plan.swaps}  " if plan.swaps else ""
         return (
             f"kills {report.kills.total()}/{plan.kills}  rebalances {report.rebalances}/{plan.rebalances}  {brokers}"
             f"readings {sent:,}/{plan.readings:,}  lag {'unknown' if lag is None else f'{lag:,}'}  workers {len(self._workers)}"
@@ -399,24 +447,6 @@ class _Chaos:
 
     def _tell(self, what: str) -> None:
         self._say(f"[{time.monotonic() - self._started:5.0f} s] {what}")
-
-
-def _shape(model: Path) -> dict[str, Any]:
-    """The settings that model, workers and oracle share."""
-    return {
-        "readings.fields": ["value"],
-        "windows.size": "1m",
-        "windows.grace": "20s",
-        "windows.max_gap": LONGEST_GAP,
-        "forecast.horizon": HORIZON,
-        "forecast.season": [f"{SEASON}m"],
-        "forecast.warmup": WARMUP,
-        "model.units": UNITS,
-        "model.path": str(model),
-        "training.epochs": 2,
-        "training.lanes": 8,
-        "training.chunk": 48,
-    }
 
 
 def _toml(values: dict[str, Any]) -> str:

@@ -1,13 +1,16 @@
 """What should have come of the input log, and whether it did.
 
-One `ForecastTask` a partition reads the whole log once, in this process, undisturbed. Against what it says are held
+One `ForecastTask` a partition reads the whole log once, in this process, undisturbed; where a swap record of the models topic says that
+another model took over, there it takes over here as well. Against what it says are held
 
     every committed forecast     one for each (partition, sensor, issued_at), in order, with the same numbers
     every committed dead letter  one for each (partition, input offset), the record byte for byte
+    every committed score        one for each (partition, window), the same sums
     every checkpoint             at the end of the log, the same sensors, the same rows
+    every swap record            at no smaller offset than the one before, and of another model
 
-The log is read with kafka-python's own consumer; nothing of Millrace's adapters stands between the topics and the verdict,
-but for reading the checkpoints.
+Log, swap records and all else are read with kafka-python's own consumer, models from the folders that they were imported from; nothing of
+Millrace's adapters stands between the topics and the verdict, but for reading the checkpoints.
 """
 
 from __future__ import annotations
@@ -15,18 +18,19 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from models.forecaster import Forecaster
+from models.forecaster import Model
 from pipeline.service.assembly import task_settings
 from pipeline.settings import Settings
 from pipeline.stream.columns import STATUSES, Forecasts, RecordColumns
+from pipeline.stream.scoring import COVERED, Scores, decode_score
 from pipeline.stream.state import SensorTable
-from pipeline.stream.task import ForecastTask
+from pipeline.stream.task import ForecastTask, TaskOutput
 from tests.helpers.broker import RunningBroker, read_all
 
 TOLERANCE: Final = 1e-5
@@ -34,6 +38,11 @@ TOLERANCE: Final = 1e-5
 PROVISIONAL: Final = "provisional"
 """Forecasts that an idle partition's wall clock caused: no function of the log, so not held against it."""
 HIDDEN: Final = "rnn.hidden"
+SCORE_TOLERANCE: Final = 1e-4
+"""A score is a sum of errors over scales, written with six digits."""
+FLIPPED: Final = 1
+"""Truths that may lie on the other side of a quantile for the last bits' sake, of one window and lead."""
+SWAP_KEY: Final = b"swap/"
 EXAMPLES: Final = 5
 
 
@@ -77,6 +86,40 @@ class Letter:
         return self.partition, self.offset
 
 
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one closed window showed, whichever way it came here."""
+
+    partition: int
+    window_end_ms: int
+    offset: int
+    """Of the reading that closed it."""
+    steps: int
+    model: str
+    baseline: str
+    leads: tuple[int, ...]
+    sums: NDArray[np.float64]
+    """(2, 5, L): model and baseline; MEASURES; lead."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.partition, self.window_end_ms
+
+    @property
+    def facts(self) -> tuple[int, int, str, str, tuple[int, ...]]:
+        return self.offset, self.steps, self.model, self.baseline, self.leads
+
+
+@dataclass(frozen=True, slots=True)
+class Takeover:
+    """A swap record."""
+
+    partition: int
+    offset: int
+    """The first one that the model answers."""
+    model: str
+
+
 @dataclass(slots=True)
 class Findings:
     """What differs between what was expected and what was seen, of one kind of record."""
@@ -91,12 +134,17 @@ class Findings:
     """Right key, wrong content (numbers aside)."""
     out_of_order: int = 0
     largest_difference: float = 0.0
+    tolerance: float = TOLERANCE
     examples: list[str] = field(default_factory=list)
+
+    @property
+    def different(self) -> bool:
+        return self.largest_difference > self.tolerance
 
     @property
     def ok(self) -> bool:
         counted = self.lost + self.repeated + self.unexpected + self.wrong + self.out_of_order
-        return counted == 0 and self.largest_difference <= TOLERANCE
+        return counted == 0 and not self.different
 
     def note(self, what: str, keys: Iterable[object]) -> int:
         """How many keys there are; the first of them are kept as examples."""
@@ -121,6 +169,29 @@ class StateFindings:
         return not self.problems and self.largest_difference <= TOLERANCE
 
 
+@dataclass(slots=True)
+class SwapFindings:
+    """What is wrong with the swap records themselves."""
+
+    seen: int = 0
+    by_partition: dict[int, int] = field(default_factory=dict)
+    again: int = 0
+    """A model took over from itself: the states that it had made were not there any more."""
+    backwards: int = 0
+    examples: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        return self.again + self.backwards == 0
+
+
+class Appended(NamedTuple):
+    """When the broker took a record in."""
+
+    partition: int
+    time_ms: int
+
+
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """Whether what was committed is what an undisturbed run would have said."""
@@ -130,63 +201,84 @@ class Verdict:
     forecasts: Findings
     letters: Findings
     state: StateFindings
+    scores: Findings = field(default_factory=lambda: Findings(tolerance=SCORE_TOLERANCE))
+    swaps: SwapFindings = field(default_factory=SwapFindings)
     provisional: int = 0
+    committed: tuple[Appended, ...] = ()
+    """Of the forecasts, by partition, in the order of the topic."""
 
     @property
     def ok(self) -> bool:
-        return self.forecasts.ok and self.letters.ok and self.state.ok
+        return self.state.ok and self.swaps.ok and all(found.ok for found in self._records)
 
     @property
     def lost(self) -> int:
-        return self.forecasts.lost + self.letters.lost
+        return sum(found.lost for found in self._records)
 
     @property
     def repeated(self) -> int:
-        return self.forecasts.repeated + self.letters.repeated
+        return sum(found.repeated for found in self._records)
 
     @property
     def different(self) -> bool:
         """Something is there once, as it should, and is not what it should be."""
-        return max(self.forecasts.largest_difference, self.state.largest_difference) > TOLERANCE
+        return self.state.largest_difference > TOLERANCE or any(found.different for found in self._records)
 
     @property
     def symptoms(self) -> set[str]:
         found = {"lost": self.lost > 0, "repeated": self.repeated > 0, "different": self.different}
+        found |= {"taken over twice": self.swaps.again > 0}
         return {name for name, there in found.items() if there}
 
     @property
     def details(self) -> list[str]:
-        return self.forecasts.examples + self.letters.examples + self.state.problems
+        kinds = (("", self.forecasts), ("", self.letters), ("score ", self.scores), ("", self.swaps))
+        return [kind + example for kind, found in kinds for example in found.examples] + self.state.problems
+
+    @property
+    def _records(self) -> tuple[Findings, Findings, Findings]:
+        return self.forecasts, self.letters, self.scores
 
     def __str__(self) -> str:
-        forecasts, letters, state = self.forecasts, self.letters, self.state
-        wrong = forecasts.wrong + letters.wrong + forecasts.out_of_order + letters.out_of_order + len(state.problems)
+        forecasts, letters, scores, state = self.forecasts, self.letters, self.scores, self.state
+        wrong = sum(found.wrong + found.out_of_order for found in self._records) + len(state.problems)
         return (
             f"{'as undisturbed' if self.ok else 'NOT as undisturbed'}: {self.readings:,} readings, "
-            f"{forecasts.seen:,} of {forecasts.expected:,} forecasts, {letters.seen:,} of {letters.expected:,} dead letters; "
-            f"lost {self.lost}, repeated {self.repeated}, unexpected {forecasts.unexpected + letters.unexpected}, "
-            f"wrong {wrong}; largest difference: forecasts {forecasts.largest_difference:.1e}, "
+            f"{forecasts.seen:,} of {forecasts.expected:,} forecasts, {letters.seen:,} of {letters.expected:,} dead letters, "
+            f"{scores.seen:,} of {scores.expected:,} scores, {self.swaps.seen:,} swap records; "
+            f"lost {self.lost}, repeated {self.repeated}, unexpected {sum(found.unexpected for found in self._records)}, "
+            f"wrong {wrong}, taken over twice {self.swaps.again}; "
+            f"largest difference: forecasts {forecasts.largest_difference:.1e}, scores {scores.largest_difference:.1e}, "
             f"hidden state {state.largest_hidden_difference:.1e}, all state {state.largest_difference:.1e}"
         )
 
 
-def judge(settings: Settings, model: Forecaster | None) -> Verdict:
-    """Reads the topics to their ends and compares. Everything must be quiet: workers and producers have stopped."""
+def judge(settings: Settings, models: Mapping[str, Model]) -> Verdict:
+    """Reads the topics to their ends and compares. Everything must be quiet: workers and producers have stopped. models: by version,
+    every one that may have taken over."""
     topics = settings.topics
     cluster = RunningBroker(settings.kafka.bootstrap_servers, "cluster")
+
+    def committed(topic: str) -> list[Any]:
+        return read_all(cluster, topic, "read_committed")
+
     log: dict[int, list[Any]] = {partition: [] for partition in range(topics.partitions)}
-    for record in read_all(cluster, topics.readings_topic, "read_committed"):
+    for record in committed(topics.readings_topic):
         log[record.partition].append(record)
-    expected = _Undisturbed(settings, model, log)
-    forecasts = [forecast_of(r) for r in read_all(cluster, topics.forecasts_topic, "read_committed")]
-    letters = [letter_of(r) for r in read_all(cluster, topics.dead_letters_topic, "read_committed")]
+    takeovers = [takeover_of(r) for r in committed(topics.models_topic) if r.key.startswith(SWAP_KEY) and r.value]
+    expected = Undisturbed(settings, models, takeovers, log)
+    said = committed(topics.forecasts_topic)
+    forecasts = [forecast_of(r) for r in said]
     lasting = [forecast for forecast in forecasts if forecast.status != PROVISIONAL]
     return Verdict(
         readings=sum(map(len, log.values())),
         forecasts=compare_forecasts(expected.forecasts, lasting),
-        letters=compare_letters(expected.letters, letters),
+        letters=compare_letters(expected.letters, [letter_of(r) for r in committed(topics.dead_letters_topic)]),
         state=_compare_checkpoints(settings, expected.tasks, expected.ends),
+        scores=compare_scores(expected.scores, [score_of(r) for r in committed(topics.scores_topic)]),
+        swaps=check_takeovers(takeovers),
         provisional=len(forecasts) - len(lasting),
+        committed=tuple(Appended(r.partition, r.timestamp) for r in said),
     )
 
 
@@ -218,6 +310,40 @@ def compare_letters(expected: Sequence[Letter], seen: Sequence[Letter]) -> Findi
     findings.wrong = findings.note(
         "wrong letter", (letter.key for letter in expected if first_seen.get(letter.key, letter) != letter)
     )
+    return findings
+
+
+def compare_scores(expected: Sequence[Score], seen: Sequence[Score]) -> Findings:
+    """seen: by partition, in the order of the topic."""
+    findings = _compare_keys([score.key for score in expected], [score.key for score in seen])
+    findings.tolerance = SCORE_TOLERANCE
+    right = {score.key: score for score in expected}
+    pairs = [(right[score.key], score) for score in seen if score.key in right]
+    findings.wrong = findings.note(
+        "wrong",
+        (f"{ours.key}: {theirs.facts}, expected {ours.facts}" for ours, theirs in pairs if ours.facts != theirs.facts),
+    )
+    gaps = {theirs.key: _score_difference(ours.sums, theirs.sums) for ours, theirs in pairs}
+    findings.note("differs", (key for key, gap in gaps.items() if gap > SCORE_TOLERANCE))
+    findings.largest_difference = max(gaps.values(), default=0.0)
+    return findings
+
+
+def check_takeovers(takeovers: Iterable[Takeover]) -> SwapFindings:
+    """takeovers: in the order of the topic. A model may come back, but never take over from itself: a swap and the states made by
+    it are one transaction, so whoever finds the one finds the other."""
+    findings, before = SwapFindings(), dict[int, Takeover]()
+    for one in takeovers:
+        findings.seen += 1
+        findings.by_partition[one.partition] = findings.by_partition.get(one.partition, 0) + 1
+        last = before.get(one.partition)
+        if last and one.model == last.model:
+            findings.again += 1
+            findings.examples.append(f"takes over twice: {one}, after offset {last.offset}")
+        if last and one.offset < last.offset:
+            findings.backwards += 1
+            findings.examples.append(f"takes over before the one before: {one}, after {last}")
+        before[one.partition] = one
     return findings
 
 
@@ -296,29 +422,71 @@ def letter_of(record: Any) -> Letter:
     )
 
 
-class _Undisturbed:
-    """One task a partition, the whole log at once."""
+def score_of(record: Any) -> Score:
+    """A record of the scores topic."""
+    one = decode_score(record.value)
+    if record.key != b"%d" % one.partition or record.partition != one.partition:
+        raise AssertionError(
+            f"scores-{record.partition}@{record.offset}: key {record.key!r}, partition {one.partition}"
+        )
+    return Score(
+        one.partition, one.window_end, one.offset, one.steps, one.model, one.baseline, one.leads, one.sums
+    )  # fmt: skip
 
-    def __init__(self, settings: Settings, model: Forecaster | None, log: Mapping[int, Sequence[Any]]) -> None:
+
+def takeover_of(record: Any) -> Takeover:
+    """A swap record of the models topic."""
+    value = orjson.loads(record.value)
+    found = Takeover(value["partition"], value["offset"], value["version"])
+    if record.key != b"swap/%05d/%020d" % (found.partition, found.offset):
+        raise AssertionError(f"models-{record.partition}@{record.offset}: key {record.key!r}, value {value}")
+    return found
+
+
+class Undisturbed:
+    """One task a partition, without a model until the first takes over; between two swaps all of the log at once."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        models: Mapping[str, Model],
+        takeovers: Sequence[Takeover],
+        log: Mapping[int, Sequence[Any]],
+    ) -> None:
         self.forecasts: list[Forecast] = []
         self.letters: list[Letter] = []
+        self.scores: list[Score] = []
         self.ends: dict[int, int] = {}
         self.tasks: dict[int, ForecastTask] = {}
         shape = task_settings(settings)
         for partition, records in log.items():
-            task = self.tasks[partition] = ForecastTask(shape, model, emit_from=0)
+            own = [one for one in takeovers if one.partition == partition]
+            self.ends[partition] = records[-1].offset + 1 if records else 0
             columns = RecordColumns.build(
                 settings.topics.readings_topic,
                 partition,
                 ((r.offset, r.timestamp, r.key, r.value, r.headers or ()) for r in records),
             )
-            output = task.run(columns)
-            self.ends[partition] = records[-1].offset + 1 if records else 0
-            self.forecasts += _expected(output.forecasts)
-            self.letters += [
-                Letter(letter.partition, letter.offset, letter.key, letter.value, letter.reason)
-                for letter in output.dead_letters
-            ]
+            self.tasks[partition] = self._run(ForecastTask(shape), columns, own, models)
+
+    def _run(
+        self, task: ForecastTask, records: RecordColumns, takeovers: Sequence[Takeover], models: Mapping[str, Model]
+    ) -> ForecastTask:
+        cuts = np.searchsorted(records.offsets, [one.offset for one in takeovers]).tolist()
+        for one, start, stop in zip((None, *takeovers), (0, *cuts), (*cuts, len(records))):
+            if one is not None:
+                task.swap(models[one.model] if one.model else None)
+            if stop > start:
+                self._keep(task.run(records.take(slice(start, stop))))
+        return task
+
+    def _keep(self, output: TaskOutput) -> None:
+        self.forecasts += _expected(output.forecasts)
+        self.scores += _expected_scores(output.scores)
+        self.letters += [
+            Letter(letter.partition, letter.offset, letter.key, letter.value, letter.reason)
+            for letter in output.dead_letters
+        ]
 
 
 def _expected(forecasts: Forecasts) -> list[Forecast]:
@@ -341,6 +509,24 @@ def _expected(forecasts: Forecasts) -> list[Forecast]:
             )
         )
     return found
+
+
+def _expected_scores(scores: Scores) -> list[Score]:
+    rows = zip(scores.end_ms.tolist(), scores.offset.tolist(), scores.steps.tolist(), scores.sums)
+    return [
+        Score(scores.partition, end_ms, offset, steps, scores.model, scores.baseline, scores.leads, sums)
+        for end_ms, offset, steps, sums in rows
+    ]
+
+
+def _score_difference(expected: NDArray[np.float64], found: NDArray[np.float64]) -> float:
+    """As `largest_difference`, but for truths that lie on a quantile."""
+    if expected.shape != found.shape:
+        return float("inf")
+    flipped = np.abs(expected[:, COVERED] - found[:, COVERED]) <= FLIPPED
+    ours = expected.copy()
+    ours[:, COVERED] = np.where(flipped, found[:, COVERED], expected[:, COVERED])
+    return largest_difference(ours, found)
 
 
 def _compare_keys(expected: Sequence[Hashable], seen: Sequence[Hashable]) -> Findings:

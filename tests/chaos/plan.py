@@ -6,9 +6,14 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 
+from tests.chaos.models import VARIANTS
 from tests.chaos.oracle import Verdict
-from tests.chaos.worker import FAULTS, POINTS
+from tests.chaos.swaps import Pauses
+from tests.chaos.worker import FAULTS, POINTS, SWAP_POINTS
+
+VERSIONS = 1 + len(VARIANTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +29,8 @@ class ChaosPlan:
     """A worker is stopped (SIGSTOP) for longer than its session lasts, and goes on as if nothing had happened: a zombie."""
     broker_restarts: int = 2
     """Of a single broker: in turn SIGTERM and SIGKILL."""
+    swaps: int = 0
+    """Another model is promoted; while workers are killed, half of the times one dies right after that."""
     brokers: int = 1
     broker_kills: int = 0
     """SIGKILL of one of several brokers."""
@@ -37,12 +44,14 @@ class ChaosPlan:
     """Where brokers, logs and model are kept; None: a temporary folder, thrown away unless something was wrong."""
     model: Path | None = None
     """A model made before by `make_model`; None: one is trained first."""
+    variants: tuple[Path, ...] = ()
+    """Models made before by `make_variants`; empty: they are trained first, if there are swaps."""
 
     @property
     def storm_seconds(self) -> float:
         """About how long the events take, so that the readings last as long."""
         events = 10.0 * self.kills + 8.0 * self.rebalances + 14.0 * (self.broker_restarts + self.broker_kills)
-        events += 14.0 * self.pauses
+        events += 14.0 * self.pauses + 8.0 * self.swaps
         return 15.0 + events
 
 
@@ -57,6 +66,13 @@ class ChaosReport:
     pauses: int = 0
     broker_restarts: int = 0
     broker_kills: int = 0
+    swaps: int = 0
+    """Promotions."""
+    takeover_seconds: list[float] = field(default_factory=list)
+    """From a promotion until the last partition's swap record was seen, where that was waited for."""
+    memory: dict[str, list[int]] = field(default_factory=dict)
+    """Bytes resident before the storm and after each swap, of workers that lived through all of it."""
+    pauses_in_output: Pauses | None = None
     starts_in_vain: int = 0
     """Workers that ended because no broker answered when they started."""
     failures: list[str] = field(default_factory=list)
@@ -77,6 +93,7 @@ class ChaosReport:
             and self.pauses >= plan.pauses
             and self.broker_restarts >= plan.broker_restarts
             and self.broker_kills >= plan.broker_kills
+            and self.swaps >= plan.swaps
         )
 
     @property
@@ -92,26 +109,46 @@ class ChaosReport:
         plan, verdict = self.plan, self.verdict
         yield "brokers, workers", f"{plan.brokers}, {plan.workers}" + (f", fault {plan.fault}" if plan.fault else "")
         yield "kills of workers", f"{self.kills.total()} of {plan.kills}"
-        for point in ("anywhere", *POINTS):
+        for point in ("anywhere", *POINTS, *SWAP_POINTS):
             if self.kills[point]:
                 yield f"  {point}", str(self.kills[point])
         yield "rebalances", f"{self.rebalances} of {plan.rebalances}"
         yield "workers stopped beyond their session", f"{self.pauses} of {plan.pauses}"
         yield "broker restarts, kills", f"{self.broker_restarts}, {self.broker_kills}"
         yield "starts while no broker answered", str(self.starts_in_vain)
+        yield from self._swap_rows()
         if verdict is not None:
-            forecasts, letters, state = verdict.forecasts, verdict.letters, verdict.state
+            forecasts, letters, scores, state = verdict.forecasts, verdict.letters, verdict.scores, verdict.state
             yield "readings", f"{verdict.readings:,} of {plan.readings:,}"
             yield "forecasts", f"{forecasts.seen:,} of {forecasts.expected:,}"
             yield "dead letters", f"{letters.seen:,} of {letters.expected:,}"
+            yield "scores", f"{scores.seen:,} of {scores.expected:,}"
             yield "sensors in checkpoints", f"{state.sensors} in {state.partitions} partitions"
             yield "lost", str(verdict.lost)
             yield "repeated", str(verdict.repeated)
             yield "largest difference, forecasts", f"{forecasts.largest_difference:.1e}"
+            yield "largest difference, scores", f"{scores.largest_difference:.1e}"
             yield "largest difference, hidden state", f"{state.largest_hidden_difference:.1e}"
             yield "largest difference, all state", f"{state.largest_difference:.1e}"
             yield "provisional forecasts, not compared", str(verdict.provisional)
         yield "seconds", f"{self.seconds:.0f}"
+
+    def _swap_rows(self) -> Iterator[tuple[str, str]]:
+        yield "promotions", f"{self.swaps} of {self.plan.swaps}"
+        if self.verdict is not None:
+            found = self.verdict.swaps
+            yield (
+                "swap records",
+                f"{found.seen}: " + ", ".join(str(found.by_partition[p]) for p in sorted(found.by_partition)),
+            )
+        if self.takeover_seconds:
+            longest, usual = max(self.takeover_seconds), median(self.takeover_seconds)
+            yield "promotion to last partition", f"median {usual:.1f} s, longest {longest:.1f} s"
+        if self.pauses_in_output is not None:
+            yield "longest pause in output", str(self.pauses_in_output)
+        for name, sizes in self.memory.items():
+            before, once, after = (f"{size / 2**20:.0f} MiB" for size in (sizes[0], sizes[:VERSIONS][-1], sizes[-1]))
+            yield f"memory of {name}", f"{before} before, {once} when every model had answered, {after} at the end"
 
     def __str__(self) -> str:
         lines = [f"  {name:<36} {value}" for name, value in self.rows()]

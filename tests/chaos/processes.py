@@ -58,6 +58,20 @@ class WorkerProcess:
         return time.monotonic() - self._born
 
     @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def resident_bytes(self) -> int:
+        """0 for one that has ended."""
+        try:
+            status = Path(f"/proc/{self.pid}/status").read_text(encoding="ascii")
+        except FileNotFoundError:
+            return 0
+        sizes = [line.split()[1] for line in status.splitlines() if line.startswith("VmRSS:")]
+        return 1024 * int(sizes[0]) if sizes else 0
+
+    @property
     def kept_its_appointment(self) -> bool:
         return bool(self.appointment) and self.status == -signal.SIGKILL and DEATH + self.appointment in self.said()
 

@@ -1,36 +1,65 @@
-"""The harness itself, and a short run of it: kills inside and outside of transactions, rebalances, one planted fault.
+"""The harness itself, and a short run of it: kills inside and outside of transactions, swaps, rebalances, one planted fault.
 
 `python -m tests.chaos` is the long one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
+from pipeline.settings import load
 from pipeline.stream.columns import OutgoingRecords
 from pipeline.stream.state import SensorTable
 from tests.chaos import harness
 from tests.chaos.load import BAD, GRACE_TICKS, PER_WINDOW, Fleet
+from tests.chaos.models import VARIANTS, load_models, make_model, make_variants, shape
 from tests.chaos.oracle import (
     TOLERANCE,
+    Appended,
     Findings,
     Forecast,
     Letter,
+    Score,
     StateFindings,
+    Takeover,
+    Undisturbed,
     Verdict,
+    check_takeovers,
     compare_forecasts,
     compare_letters,
+    compare_scores,
     compare_state,
 )
 from tests.chaos.plan import ChaosPlan, ChaosReport
-from tests.chaos.worker import FAULTS, POINTS, die_at, first_half, intervene, up_to_half_a_checkpoint
+from tests.chaos.swaps import pauses
+from tests.chaos.worker import (
+    FAULTS,
+    POINTS,
+    SWAP_POINTS,
+    all_but_checkpoints,
+    die_at,
+    first_half,
+    intervene,
+    up_to_half_a_checkpoint,
+)
 
 MINUTE = 60_000
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("chaos") / "model")
+
+
+@pytest.fixture(scope="module")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ...]:
+    return make_variants(tmp_path_factory.mktemp("chaos"))
 
 
 def forecast(sensor: str = "pump-1", minute: int = 1, value: float = 20.0, **changed: object) -> Forecast:
@@ -122,6 +151,154 @@ def test_dead_letters_are_counted_by_the_offset_they_came_from() -> None:
     assert compare_letters(letters, [replace(letters[0], value=b"!"), *letters[1:]]).wrong == 1
 
 
+def score(window: int, **changed: object) -> Score:
+    sums = np.arange(30, dtype=np.float64).reshape(2, 5, 3) + window
+    made = Score(0, window * MINUTE, 10 * window, 13, "gru16-0", "seasonal-naive", (1, 2, 6), sums)
+    return replace(made, **changed)  # type: ignore[arg-type]
+
+
+SCORES = [score(window) for window in range(1, 6)]
+
+
+def test_the_same_scores_are_no_finding_even_if_six_digits_of_them_were_written() -> None:
+    found = compare_scores(SCORES, [replace(one, sums=one.sums * (1 + 4e-6)) for one in SCORES])
+    assert (found.ok, found.expected, found.seen) == (True, 5, 5)
+
+
+def test_a_lost_score_is_found() -> None:
+    found = compare_scores(SCORES, [*SCORES[:2], *SCORES[3:]])
+    assert (found.lost, found.repeated, found.ok) == (1, 0, False)
+    assert found.examples == [f"lost: {SCORES[2].key}"]
+
+
+def test_a_repeated_score_is_found() -> None:
+    found = compare_scores(SCORES, [*SCORES, SCORES[1]])
+    assert (found.lost, found.repeated, found.ok) == (0, 1, False)
+
+
+@pytest.mark.parametrize(
+    "changed", [{"offset": 1}, {"steps": 12}, {"model": "another"}, {"leads": (1, 2)}], ids=lambda c: next(iter(c))
+)
+def test_a_score_with_another_provenance_is_found(changed: dict[str, object]) -> None:
+    found = compare_scores(SCORES, [replace(SCORES[0], **changed), *SCORES[1:]])  # type: ignore[arg-type]
+    assert (found.wrong, found.ok) == (1, False)
+
+
+def test_a_score_with_another_sum_is_found() -> None:
+    sums = SCORES[0].sums.copy()
+    sums[0, 1, 2] *= 1.001
+    found = compare_scores(SCORES, [replace(SCORES[0], sums=sums), *SCORES[1:]])
+    assert (found.different, found.ok) == (True, False)
+    assert found.examples == [f"differs: {SCORES[0].key}"]
+
+
+def test_a_truth_that_lies_on_a_quantile_may_be_covered_or_not() -> None:
+    one, two = SCORES[0].sums.copy(), SCORES[0].sums.copy()
+    one[0, 4, 0] += 1
+    two[0, 4, 0] += 2
+    assert compare_scores(SCORES[:1], [replace(SCORES[0], sums=one)]).ok
+    assert not compare_scores(SCORES[:1], [replace(SCORES[0], sums=two)]).ok
+
+
+def test_scores_that_are_lost_or_repeated_are_so_in_the_verdict() -> None:
+    fine = Verdict(100, Findings(10, 10), Findings(), StateFindings())
+    bad = replace(fine, scores=compare_scores(SCORES, [*SCORES[1:], SCORES[1]]))
+    assert (bad.ok, bad.lost, bad.repeated, bad.symptoms) == (False, 1, 1, {"lost", "repeated"})
+    assert "score lost: (0, 60000)" in bad.details
+
+
+# -- the oracle's models
+
+
+def test_models_may_take_over_in_turn_and_come_back() -> None:
+    found = check_takeovers([Takeover(0, 0, "a"), Takeover(1, 0, "a"), Takeover(0, 7, "b"), Takeover(0, 7, "a")])
+    assert (found.ok, found.seen, found.by_partition) == (True, 4, {0: 3, 1: 1})
+
+
+def test_a_model_that_takes_over_from_itself_is_found() -> None:
+    found = check_takeovers([Takeover(0, 0, "a"), Takeover(0, 7, "b"), Takeover(0, 9, "b")])
+    assert (found.again, found.backwards, found.ok) == (1, 0, False)
+    fine = Verdict(100, Findings(10, 10), Findings(), StateFindings())
+    assert replace(fine, swaps=found).symptoms == {"taken over twice"}
+
+
+def test_a_model_that_takes_over_before_the_one_before_it_is_found() -> None:
+    found = check_takeovers([Takeover(0, 0, "a"), Takeover(0, 9, "b"), Takeover(0, 8, "c")])
+    assert (found.again, found.backwards, found.ok) == (0, 1, False)
+
+
+class Record(NamedTuple):
+    """As kafka-python gives it."""
+
+    offset: int
+    timestamp: int
+    key: bytes
+    value: bytes | None
+    headers: tuple[tuple[str, bytes], ...] = ()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, variants: tuple[Path, ...]) -> Callable[[Sequence[tuple[int, str]]], Undisturbed]:
+    """The whole run of one partition, given who takes over where."""
+    settings = load(None, {}, shape(model) | {"topics.partitions": 1})
+    fleet = Fleet(6, 0)
+    sent = [message for _ in range(40 * PER_WINDOW) for message in fleet.tick()]
+    log = [Record(2 * n, fleet.now_ms, key, value) for n, (key, value) in enumerate(sent)]
+    models = dict(zip(("first", *VARIANTS), load_models([model, *variants]).values()))
+    return lambda timeline: Undisturbed(settings, models, [Takeover(0, at, name) for at, name in timeline], {0: log})
+
+
+@pytest.mark.keras
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_model_of_any_shape_takes_over_at_the_very_record(
+    name: str, undisturbed: Callable[[Sequence[tuple[int, str]]], Undisturbed]
+) -> None:
+    run = undisturbed([(0, "first"), (2000, name)])
+    version = run.tasks[0].version
+    assert {f.offset >= 2000 for f in run.forecasts if f.model == version} == {True}
+    assert {f.model for f in run.forecasts if f.offset >= 2000 and f.status == "ok"} == {version}
+    assert compare_forecasts(run.forecasts, run.forecasts).ok
+
+
+@pytest.mark.keras
+def test_a_swap_at_the_wrong_offset_is_found(
+    undisturbed: Callable[[Sequence[tuple[int, str]]], Undisturbed],
+) -> None:
+    right, late = (undisturbed([(0, "first"), (at, "another-seed")]) for at in (2000, 2400))
+    found = compare_forecasts(right.forecasts, late.forecasts)
+    assert (found.lost, found.wrong > 0, found.different, found.ok) == (0, True, True, False)
+    assert compare_scores(right.scores, late.scores).wrong > 0
+
+
+@pytest.mark.keras
+def test_a_swap_that_nobody_made_is_found(
+    undisturbed: Callable[[Sequence[tuple[int, str]]], Undisturbed],
+) -> None:
+    right, also = undisturbed([(0, "first")]), undisturbed([(0, "first"), (2000, "first")])
+    found = compare_forecasts(right.forecasts, also.forecasts)
+    assert (found.lost, found.wrong) == (0, 0)
+    assert not compare_scores(right.scores, also.scores).ok
+
+
+# -- pauses
+
+
+def test_the_longest_pause_is_that_of_one_partition_while_others_go_on() -> None:
+    first = [Appended(0, ms) for ms in range(0, 10_000, 500)]
+    second = [Appended(1, ms) for ms in (*range(0, 3_000, 500), *range(5_000, 10_000, 500))]
+    found = pauses([*first, *first, *second], 0, 10_000)
+    assert found is not None
+    assert (found.median, found.longest, found.longest_anywhere) == (0.5, 2.5, 0.5)
+
+
+def test_pauses_count_only_while_readings_came() -> None:
+    said = [Appended(0, ms) for ms in (0, 9_000, 9_500, 10_000, 20_000)]
+    found = pauses(said, 9_000, 20_000)
+    assert found is not None
+    assert found.longest == 0.5
+    assert pauses(said, 30_000, 40_000) is None
+
+
 @pytest.fixture
 def table() -> SensorTable:
     from models.forecaster import Column
@@ -207,7 +384,7 @@ def batch(topic: str, *keys: bytes) -> OutgoingRecords:
     return OutgoingRecords(topic, 0, list(keys), list(keys))
 
 
-FORECASTS, STATE = "c.forecasts.v1", "c.state.v1"
+FORECASTS, STATE, MODELS = "c.forecasts.v1", "c.state.v1", "c.models.v1"
 PLAIN = [batch(FORECASTS, b"a", b"b", b"c", b"d")]
 WITH_CHECKPOINT = [batch(STATE, b"windows", b"steps", b"partition", b"manifest"), batch(FORECASTS, b"a", b"b")]
 SENT_PLAIN = [(FORECASTS, [b"a", b"b", b"c", b"d"])]
@@ -245,6 +422,40 @@ def test_a_death_in_a_checkpoint_waits_for_one_and_leaves_it_half_written() -> N
     with pytest.raises(Died):
         sink().commit(WITH_CHECKPOINT)
     assert done == ["begin", [(FORECASTS, [b"a", b"b"]), (STATE, [b"windows", b"steps"])], "flush"]
+
+
+WITH_SWAP = [
+    batch(MODELS, b"swap/00000/7"),
+    batch(FORECASTS, b"a", b"b"),
+    batch(STATE, b"steps", b"manifest"),
+]
+SENT_SWAP = [(MODELS, [b"swap/00000/7"]), (FORECASTS, [b"a", b"b"])]
+LAST_STEPS_OF_SWAP = {
+    "mid-swap": ["begin", SENT_SWAP, "flush"],
+    "after-swap-commit": [
+        "begin",
+        [*SENT_SWAP, (STATE, [b"steps", b"manifest"])],
+        "flush",
+        "offsets",
+        "commit",
+    ],
+}
+
+
+@pytest.mark.parametrize("point", SWAP_POINTS)
+def test_a_death_in_a_swap_waits_for_one(point: str) -> None:
+    sink, done = make_sink()
+    die_at(sink, point, 1, dies)
+    sink().commit(PLAIN)
+    sink().commit(WITH_CHECKPOINT)
+    done.clear()
+    with pytest.raises(Died, match=point):
+        sink().commit(WITH_SWAP)
+    assert done == LAST_STEPS_OF_SWAP[point]
+
+
+def test_a_swap_without_its_checkpoint_is_all_but_the_states() -> None:
+    assert all_but_checkpoints(WITH_SWAP) == WITH_SWAP[:2]
 
 
 def test_of_several_checkpoints_only_the_last_is_cut() -> None:
@@ -310,19 +521,22 @@ def test_the_load_has_broken_late_and_missing_readings_in_it() -> None:
 # -- on a real broker
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return harness.make_model(tmp_path_factory.mktemp("chaos") / "model")
-
-
 SHORT = ChaosPlan(
-    readings=15_000, kills=6, rebalances=2, pauses=0, broker_restarts=0, sensors=60, seed=1, deadline_seconds=200.0
+    readings=15_000,
+    kills=4,
+    rebalances=1,
+    pauses=0,
+    broker_restarts=0,
+    swaps=3,
+    sensors=60,
+    seed=1,
+    deadline_seconds=200.0,
 )
 
 
 @pytest.fixture
-def run(model: Path, tmp_path: Path) -> Callable[[ChaosPlan], ChaosReport]:
-    return lambda plan: harness.run(replace(plan, model=model, out=tmp_path / "chaos"), print)
+def run(model: Path, variants: tuple[Path, ...], tmp_path: Path) -> Callable[[ChaosPlan], ChaosReport]:
+    return lambda plan: harness.run(replace(plan, model=model, variants=variants, out=tmp_path / "chaos"), print)
 
 
 @pytest.mark.broker
@@ -339,11 +553,11 @@ def test_killed_and_moved_workers_leave_what_an_undisturbed_one_would_have(
 def test_forecasts_sent_outside_of_the_transaction_are_found(
     run: Callable[[ChaosPlan], ChaosReport],
 ) -> None:
-    report = run(replace(SHORT, readings=5_000, kills=2, rebalances=0, workers=2, fault="outside"))
+    report = run(replace(SHORT, readings=5_000, kills=2, rebalances=0, swaps=0, workers=2, fault="outside"))
     assert report.found, str(report)
 
 
 def test_every_fault_has_a_symptom_and_deaths_that_show_it() -> None:
     for fault in FAULTS.values():
-        assert fault.symptom in {"lost", "repeated", "different"}
-        assert set(fault.points) <= set(POINTS)
+        assert fault.symptom in {"lost", "repeated", "different", "taken over twice"}
+        assert set(fault.points) <= {*POINTS, *(SWAP_POINTS if fault.swaps else ())}

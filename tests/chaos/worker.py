@@ -10,6 +10,9 @@ The product has no hooks for this. The steps of `TransactionalSink` are wrapped 
           │    │  mid-checkpoint        │   mid-commit             the request is on its way
           │   mid-send             after-offsets
        after-begin
+
+Two more are points of a transaction in which a model takes over: mid-swap (forecasts and the swap record are sent, its checkpoint is
+not) and after-swap-commit.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from typing import Any, Final, NoReturn
 
 from pipeline.stream.columns import OutgoingRecords
 
-FORECASTS, STATE = ".forecasts.v1", ".state.v1"
+FORECASTS, STATE, MODELS = ".forecasts.v1", ".state.v1", ".models.v1"
 """How the names of these topics end."""
 STEPS: Final = ("_begin", "_send", "_flush", "_send_offsets", "_commit")
 AFTER: Final = {
@@ -39,6 +42,7 @@ AFTER: Final = {
     "after-flush": "_flush",
     "after-offsets": "_send_offsets",
     "after-commit": "_commit",
+    "after-swap-commit": "_commit",
 }
 POINTS: Final = (
     "after-begin",
@@ -49,6 +53,7 @@ POINTS: Final = (
     "mid-commit",
     "after-commit",
 )
+SWAP_POINTS: Final = ("mid-swap", "after-swap-commit")
 COMMIT_UNDER_WAY_SECONDS: Final = 0.010
 """A commit takes about as long, so that a death within is before, during or just after it."""
 DEATH: Final = "chaos: dies at "
@@ -71,12 +76,12 @@ def die_at(sink: type, point: str, nth: int, die: Callable[[str], Any] = die) ->
     """Wraps the steps of `sink` so that the process dies when it comes to `point` for the nth time (from 1).
 
     Only transactions with forecasts in them count, except in mid-checkpoint: most have none, and a death in those proves
-    little."""
+    little. In SWAP_POINTS only those count in which a model takes over."""
     visits = itertools.count(1)
-    speaks = _note_forecasts(sink)
+    counts = _note(sink, MODELS if point in SWAP_POINTS else FORECASTS)
 
     def is_time() -> bool:
-        return (speaks() or point == "mid-checkpoint") and next(visits) == nth
+        return (counts() or point == "mid-checkpoint") and next(visits) == nth
 
     def last_words() -> None:
         die(point)
@@ -89,16 +94,18 @@ def die_at(sink: type, point: str, nth: int, die: Callable[[str], Any] = die) ->
         _die_in_send(sink, _have_records, first_half, is_time, last_words)
     elif point == "mid-checkpoint":
         _die_in_send(sink, _have_checkpoint, up_to_half_a_checkpoint, is_time, last_words)
+    elif point == "mid-swap":
+        _die_in_send(sink, _have_records, all_but_checkpoints, is_time, last_words)
     else:
-        raise ValueError(f"{point!r}: expected one of {', '.join(POINTS)}")
+        raise ValueError(f"{point!r}: expected one of {', '.join((*POINTS, *SWAP_POINTS))}")
 
 
-def _note_forecasts(sink: Any) -> Callable[[], bool]:
-    """Whether the transaction under way has forecasts in it."""
+def _note(sink: Any, topic: str) -> Callable[[], bool]:
+    """Whether the transaction under way has records of a topic whose name ends so."""
     commit, found = sink.commit, [False]
 
     def commit_and_note(self: Any, batches: Batches, *arguments: Any) -> Any:
-        found[0] = any(batch.topic.endswith(FORECASTS) and len(batch) for batch in batches)
+        found[0] = any(batch.topic.endswith(topic) and len(batch) for batch in batches)
         return commit(self, batches, *arguments)
 
     sink.commit = commit_and_note
@@ -172,6 +179,11 @@ def up_to_half_a_checkpoint(batches: Batches) -> list[OutgoingRecords]:
     return [*others, *whole, *first_half([last])]
 
 
+def all_but_checkpoints(batches: Batches) -> list[OutgoingRecords]:
+    """Forecasts, scores and swap records, and nothing of the states that they stand on."""
+    return [batch for batch in batches if not batch.topic.endswith(STATE)]
+
+
 def _head(batch: OutgoingRecords, rows: int) -> OutgoingRecords:
     return replace(
         batch,
@@ -211,9 +223,11 @@ class Fault:
 
     plant: Callable[[Target], None]
     symptom: str
-    """What the oracle must find: lost, repeated or different."""
+    """What the oracle must find, one of `Verdict.symptoms`."""
     points: tuple[str, ...] = POINTS
     """Deaths that bring it to light."""
+    swaps: int = 0
+    """Models that must take over meanwhile, for it to show."""
 
 
 def send_outside(target: Target) -> None:
@@ -277,11 +291,50 @@ def emit_replay(_: Target) -> None:
     ForecastTask.run = run_aloud  # type: ignore[method-assign]
 
 
+def forget_at_swap(_: Target) -> None:
+    """A model that takes over begins with empty hidden states."""
+    from pipeline.stream.forecasting import Forecasting
+
+    swap = Forecasting.swap
+
+    def swap_and_forget(self: Any, model: Any, table: Any, *arguments: Any) -> None:
+        swap(self, model, table, *arguments)
+        if "rnn.hidden" in table.columns:
+            table["rnn.hidden"][:] = 0
+
+    Forecasting.swap = swap_and_forget  # type: ignore[method-assign]
+
+
+def swap_without_checkpoint(_: Target) -> None:
+    """A swap demands no checkpoint: answers of the new model go out while the changelog still holds states of the old one."""
+    from pipeline.stream.checkpoint import CheckpointPolicy
+
+    CheckpointPolicy.demand = lambda self, now_ms: None  # type: ignore[method-assign]
+
+
+def swap_unrecorded(_: Target) -> None:
+    """Where a model takes over from another is written down nowhere."""
+    from pipeline.service.serving import Serving
+
+    swap = Serving.swap
+
+    def swap_in_silence(self: Any, *arguments: Any) -> None:
+        before = self.task.version
+        swap(self, *arguments)
+        if before:
+            self._made.pop()
+
+    Serving.swap = swap_in_silence  # type: ignore[method-assign]
+
+
 FAULTS: Final = {
     "outside": Fault(send_outside, "repeated", ("after-flush", "after-offsets")),
     "forgets-hidden": Fault(forget_hidden, "different"),
     "commits-early": Fault(commit_early, "lost", ("after-commit",)),
     "emits-replay": Fault(emit_replay, "repeated"),
+    "swap-forgets": Fault(forget_at_swap, "different", swaps=2),
+    "swap-without-checkpoint": Fault(swap_without_checkpoint, "taken over twice", ("after-swap-commit",), swaps=2),
+    "swap-unrecorded": Fault(swap_unrecorded, "different", ("after-commit",), swaps=2),
 }
 """Name -> what is wrong, and how it must show."""
 
