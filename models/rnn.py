@@ -194,7 +194,7 @@ class Network:
     def warm_up_like(self, other: Network) -> None:
         """Compile every shape that the other network has been called with so far."""
         for shape in other.program.shapes:  # a list: the other may compile meanwhile
-            self.program.function(*shape)
+            self._compile(*shape)
 
     def warm_up_carry(self, rows: Iterable[int], steps: int) -> None:
         """Compile what `carry` needs for so many steps of any number of rows."""
@@ -202,7 +202,13 @@ class Network:
         for length in {next(size for size in STEP_BUCKETS if size >= span) for span in spans}:
             for size in rows:
                 if size * length <= MAX_CELLS:
-                    self.program.function(size, length, True)
+                    self._compile(size, length, True)
+
+    def _compile(self, size: int, length: int, state_only: bool) -> None:
+        """Calls it once, unless that was done: XLA compiles at the first call, not when the function is made."""
+        if (size, length, state_only) not in self.program.shapes:
+            x, mask = np.zeros((size, length, self.input_size), np.float32), np.zeros((size, length), np.bool_)
+            self._call(size, length, x, mask, self.empty_state(size), state_only)
 
     def _call(self, size: int, length: int, x: Float32, mask: Bool, state: Float32, state_only: bool = False) -> Any:
         rows, steps = mask.shape

@@ -11,7 +11,7 @@ millrace_checkpoint_bytes_total              what they held, before compression
 millrace_checkpoint_timestamp_seconds{partition}   when a partition's newest was written, epoch
 millrace_partitions{phase}                   restoring | serving
 millrace_model_info{version}                 1 for the champion that this worker serves
-millrace_model_swaps_total                   partitions that a new champion has taken over
+millrace_model_swaps_total                   partitions that a new champion has taken over while they were served
 millrace_model_swap_duration_seconds         how long a partition's answers waited for that
 millrace_model_load_failures_total           champions that could not be loaded: the one before goes on serving
 millrace_score_labels_total{forecaster,lead} forecasts whose truth has come; the following are sums over them, so that a quotient of

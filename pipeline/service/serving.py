@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +29,8 @@ from pipeline.stream.columns import Counts, Forecasts, OutgoingRecords, RecordCo
 from pipeline.stream.scoring import Scores, encode_scores
 from pipeline.stream.serdes import encode_dead_letters, encode_forecasts
 from pipeline.stream.task import ForecastTask, TaskOutput, TaskSettings
+
+log = logging.getLogger(__name__)
 
 NOWHERE = -1
 """No offset at all."""
@@ -86,12 +89,15 @@ class Serving:
 
     def swap(self, model: Model, now_ms: int) -> None:
         """From the next record on `model` answers. Where, becomes a record of the models topic; the states, a checkpoint."""
-        offset = max(self.next_offset, self.emit_from)
+        offset, before = max(self.next_offset, self.emit_from), self.task.version or "the baseline"
         state: Literal["ring", "start"] = "ring" if len(self.task.table) else "start"
         self.task.swap(model)
         self.awaited = None
         self.writer = self.writer.successor(model.version)
         self.policy.demand(now_ms)
+        log.info(
+            "partition %d: from offset %d on %s answers, before it %s", self.partition, offset, model.version, before
+        )
         key, value = swap_record(Swap(partition=self.partition, offset=offset, version=model.version, state=state))
         self._made.append(OutgoingRecords(self.topics.models_topic, 0, [key], [value]))
 

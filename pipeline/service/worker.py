@@ -311,18 +311,16 @@ class Worker:
             self.metrics.show_model(champion.version)
         if self.model is None or self._work or self._in_doubt:
             return
-        for partition, serving in sorted(self._serving.items()):
+        for _, serving in sorted(self._serving.items()):
             if serving.version == self.model.version:
                 continue
             if serving.awaited:
                 serving.awaited = self.model  # it is still reading again: it begins with the newest
                 continue
-            before = serving.version or "the baseline"
             with self.metrics.swap_seconds.time():
                 serving.swap(self.model, _now_ms())
             self.metrics.swaps.inc()
             self.report.swaps += 1
-            log.info("partition %d: %s takes over from %s", partition, self.model.version, before)
             return
 
     # -- committing
