@@ -86,6 +86,8 @@ class Trainer:
         self._requests: list[_Asked] = []
         self._duty: _Duty | None = None
         self._job: _Job | None = None
+        self._disappointment: Disappointment | None = None
+        """Told once by the learner, and kept until it is written down."""
         control.on_assigned, control.on_revoked = self._assigned, self._revoked
 
     @property
@@ -123,7 +125,10 @@ class Trainer:
         if not self._duty.advance():
             return  # what others have seen before is still being read
         self.metrics.show_event_time(self._duty.learner.now_ms)
-        if self._job is None:
+        self._disappointment = self._disappointment or self._duty.learner.disappointment()
+        if self._disappointment is not None:  # also while something is trained: this does not wait
+            self._roll_back(self._duty, self._disappointment)
+        elif self._job is None:
             self._decide(self._duty)
         elif self._job.done:
             self._conclude(self._duty, self._job)
@@ -142,6 +147,7 @@ class Trainer:
 
     def _leave_duty(self) -> None:
         self._requests = []
+        self._disappointment = None
         self.metrics.on_duty.set(0)
         if self._job is not None:
             self._job.cancel()
@@ -167,10 +173,6 @@ class Trainer:
     # -- deciding
 
     def _decide(self, duty: _Duty) -> None:
-        disappointment = duty.learner.disappointment()
-        if disappointment is not None:
-            self._roll_back(duty, disappointment)
-            return
         due = self._asked(duty) or duty.learner.due()
         if due is None:
             return
@@ -207,20 +209,22 @@ class Trainer:
             return rollback_records(view, decision, found.reason, now_ms)
 
         log.warning("taking %s back: %s", found.version, found.reason)
-        self._write(duty, decide, answered=0)
-        self.metrics.rollbacks.inc()
+        if self._write(duty, decide, answered=0):
+            self._disappointment = None
+            self.metrics.rollbacks.inc()
 
     def _conclude(self, duty: _Duty, job: _Job) -> None:
-        self._job = None
         decide, result = job.decision(self.settings)
-        self._write(duty, decide, job.asked)
-        self.metrics.trainings.labels(job.due.trigger, result).inc()
+        if self._write(duty, decide, job.asked):
+            self._job = None
+            self.metrics.trainings.labels(job.due.trigger, result).inc()
 
-    def _write(self, duty: _Duty, decide: Callable[[RegistryView], list[Record]], answered: int) -> None:
-        """One transaction with the offset of the requests that it answers."""
+    def _write(self, duty: _Duty, decide: Callable[[RegistryView], list[Record]], answered: int) -> bool:
+        """One transaction with the offset of the requests that it answers. False: not now, the group is rearranging itself; it is
+        tried again then, and when no broker answers: `decide` knows its own decision by its token."""
         membership = self.control.membership()
         if membership is None or PARTITION not in membership.partitions:
-            return
+            return False
         waiting = self._requests[answered:]
         position = self.control.positions().get(PARTITION, 0)
         offset = waiting[0].offset if waiting else position
@@ -229,6 +233,7 @@ class Trainer:
         self.decisions += 1
         duty.reader.catch_up()
         duty.advance()
+        return True
 
 
 @dataclass(frozen=True, slots=True)
