@@ -21,7 +21,8 @@ from models.forecaster import SeriesSpec
 from models.rnn import Network, RNNForecaster, load_tensorflow
 from models.training import Neural, TrainedModel
 
-FORMAT = 1
+FORMAT = 2
+"""2: networks see values around their local level; weights of format 1 were trained on other inputs."""
 MODEL_FILE, MANIFEST_FILE = "model.keras", "manifest.json"
 KINDS: dict[str, type[RNNForecaster] | type[FeedForward]] = {"rnn": RNNForecaster, "feedforward": FeedForward}
 REQUIRED = ("format", "version", "spec", "architecture", "warmup_steps", "sha256")

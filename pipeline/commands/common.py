@@ -14,7 +14,9 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -147,6 +149,25 @@ def with_context(command: Callable[..., R]) -> Callable[..., R]:
     own = list(getattr(call, "__click_params__", ()))
     call.__click_params__ = [*reversed(_SHARED), *own]  # type: ignore[attr-defined]
     return call
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C ask a service to stop, from the moment this is made."""
+
+    def __init__(self) -> None:
+        self.asked = threading.Event()
+        self._interrupted = False
+        signal.signal(signal.SIGTERM, lambda *_: self.asked.set())
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def leave(self) -> None:
+        """Call when everything is closed: after Ctrl-C the exit status is 130."""
+        if self._interrupted:
+            raise SystemExit(130)
+
+    def _interrupt(self, *_: object) -> None:
+        self._interrupted = True
+        self.asked.set()
 
 
 def set_up_logging(verbose: bool) -> None:

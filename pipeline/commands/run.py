@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.commands.common import CommandContext, with_context
+from pipeline.commands.common import CommandContext, StopSignals, with_context
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -29,7 +28,7 @@ def run(context: CommandContext, exit_at_end: bool, with_trainer: bool) -> None:
 
     The champion of the models topic answers; where there is none, the baseline, until the first one comes."""
     settings = context.settings
-    _require_topics(settings)
+    require_topics(settings)
 
     def progress(report: WorkerReport, lag: int) -> None:
         counts = report.counts
@@ -50,22 +49,13 @@ def run(context: CommandContext, exit_at_end: bool, with_trainer: bool) -> None:
             targets = settings.readings.targets or settings.readings.fields
             context.note(f"no forecast: no reading had a value in {', '.join(targets)}; check readings.fields")
 
-    stop = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-    interrupted = threading.Event()
-
-    def on_interrupt(*_: object) -> None:
-        interrupted.set()
-        stop.set()
-
-    signal.signal(signal.SIGINT, on_interrupt)
+    signals = StopSignals()
     with _trainer(context) if with_trainer else nullcontext():
-        report = serve(context, settings, progress, stop, exit_at_end)
+        report = serve(context, settings, progress, signals.asked, exit_at_end)
     row = _row(report)
     # So many columns would not fit into a terminal side by side.
     context.emit([row] if context.format == "json" else [{"what": k, "count": v} for k, v in row.items()], title="run")
-    if interrupted.is_set():
-        raise SystemExit(130)
+    signals.leave()
 
 
 def serve(
@@ -155,22 +145,16 @@ class RestoreBars:
         self.close()
 
 
-def _require_topics(settings: Settings) -> None:
-    """The topics that the worker touches exist, partition p of one goes with p of the others, and neither states
-    nor models are deleted by age."""
-    from pipeline.errors import DeploymentError
-    from pipeline.kafka.topics import check
+def require_topics(settings: Settings) -> None:
+    """The topics that the worker touches exist, partition p of one goes with p of the others, and neither states nor models are
+    deleted by age."""
+    from pipeline.kafka.topics import require
 
     topics = settings.topics
     kept = (topics.state_topic, topics.models_topic)
-    touched = (topics.readings_topic, topics.forecasts_topic, topics.dead_letters_topic, topics.scores_topic, *kept)
-    for finding in check(settings):
-        needed = finding.what == "topic" or finding.what.startswith("partitions")
-        compaction = finding.topic in kept and finding.what == "cleanup.policy"
-        if finding.topic in touched and (needed or compaction):
-            raise DeploymentError(
-                f'topic "{finding.topic}": {finding.what}: expected {finding.expected}, found {finding.found}; {finding.mend}'
-            )
+    require(
+        settings, topics.readings_topic, topics.forecasts_topic, topics.dead_letters_topic, topics.scores_topic, *kept
+    )
 
 
 def _row(report: WorkerReport) -> dict[str, object]:

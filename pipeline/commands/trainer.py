@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import os
-import signal
-import threading
 
 import click
 
-from pipeline.commands.common import CommandContext, with_context
-from pipeline.errors import DeploymentError, SettingsError
+from pipeline.commands.common import CommandContext, StopSignals, with_context
+from pipeline.errors import SettingsError
 
 NICENESS = 10
 """Whoever serves goes first."""
@@ -22,6 +20,7 @@ def trainer(context: CommandContext) -> None:
 
     Of several trainers one works and the others stand by. `millrace run --with-trainer` starts one beside the worker."""
     from pipeline.kafka.source import RecordSource
+    from pipeline.kafka.topics import require
     from pipeline.service.children import ended_with_parent
     from pipeline.service.metrics import TrainerMetrics, expose
     from pipeline.service.trainer import Trainer, trainer_settings
@@ -32,25 +31,17 @@ def trainer(context: CommandContext) -> None:
             f"scoring.publish = false ({settings.source_of('scoring.publish')}): the trainer lives on the scores that workers "
             "publish; expected true"
         )
-    _require_topics(context)
-    stop = threading.Event()
-    interrupted = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stop.set())
-
-    def on_interrupt(*_: object) -> None:
-        interrupted.set()
-        stop.set()
-
-    signal.signal(signal.SIGINT, on_interrupt)
+    topics = settings.topics
+    require(settings, topics.readings_topic, topics.scores_topic, topics.models_topic, topics.control_topic)
+    signals = StopSignals()
     os.nice(NICENESS)
     with (
         expose(settings.http.address, settings.http.trainer_port) as registry,
-        RecordSource(trainer_settings(settings), settings.topics.control_topic) as control,
+        RecordSource(trainer_settings(settings), topics.control_topic) as control,
     ):
         context.note("the trainer waits for its turn")
-        Trainer(settings, control, TrainerMetrics(registry)).run(lambda: stop.is_set() or ended_with_parent())
-    if interrupted.is_set():
-        raise SystemExit(130)
+        Trainer(settings, control, TrainerMetrics(registry)).run(lambda: signals.asked.is_set() or ended_with_parent())
+    signals.leave()
 
 
 @click.command()
@@ -62,13 +53,3 @@ def retrain(context: CommandContext, reason: str) -> None:
 
     ask_to_retrain(context.settings, reason)
     context.note(f"asked on {context.settings.topics.control_topic}; the trainer that is on duty takes it up")
-
-
-def _require_topics(context: CommandContext) -> None:
-    from pipeline.kafka.topics import check
-
-    topics = context.settings.topics
-    touched = (topics.readings_topic, topics.scores_topic, topics.models_topic, topics.control_topic)
-    for finding in check(context.settings):
-        if finding.topic in touched and finding.what == "topic":
-            raise DeploymentError(f'topic "{finding.topic}" is missing; {finding.mend}')

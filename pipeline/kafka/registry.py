@@ -129,8 +129,8 @@ class Swap(msgspec.Struct, frozen=True, kw_only=True):
     """The first input offset that it answers."""
     version: str
     """Empty: none, the baseline answers."""
-    state: Literal["start", "ring", "log"]
-    """Where its hidden states come from: none before this offset, each sensor's ring of recent steps, or the log."""
+    state: Literal["start", "ring"]
+    """Where its hidden states come from: there were no sensors yet, or each sensor's ring of recent steps."""
 
 
 class RegistryView:

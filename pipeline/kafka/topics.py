@@ -109,6 +109,19 @@ def check(settings: Settings) -> list[Finding]:
     return [finding for spec in specs for finding in _compare(spec, found, settings)]
 
 
+def require(settings: Settings, *names: str) -> None:
+    """Raises DeploymentError, with what mends it, unless these topics exist, with the partitions that they need, and none of them
+    that is to be compacted is deleted by age."""
+    compacted = {spec.name for spec in required(settings) if spec.configs["cleanup.policy"] == "compact"}
+    for finding in check(settings):
+        vital = finding.what == "topic" or finding.what.startswith("partitions")
+        vital |= finding.what == "cleanup.policy" and finding.topic in compacted
+        if vital and finding.topic in names:
+            raise DeploymentError(
+                f'topic "{finding.topic}": {finding.what}: expected {finding.expected}, found {finding.found}; {finding.mend}'
+            )
+
+
 def group_members(settings: Settings, group_id: str) -> int:
     """How many members a consumer group has now; 0 where it does not exist.
 

@@ -19,7 +19,9 @@ from models.rnn import ROW_BUCKETS
 from models.training import Neural
 from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.registry import RegistryReader
+from pipeline.service.assembly import task_settings
 from pipeline.service.metrics import WorkerMetrics
+from pipeline.service.serving import require_small_rows
 from pipeline.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -88,6 +90,7 @@ class ModelFeed:
             return
         try:
             model = load_version(self._reader, champion.version, self._spec)
+            require_small_rows(task_settings(self._settings), model, self._settings.readings.max_sensor_bytes)
             self._warm_up(model)
         except BrokerUnavailable:
             raise

@@ -53,6 +53,7 @@ class History:
         names = task.table.sensors
         slots = np.unique(steps.slot)
         ids = np.empty(int(slots[-1]) + 1, np.int32)
+        kept = np.zeros(len(ids), np.bool_)
         for slot in slots.tolist():
             name = names[slot]
             if name not in self._ids:
@@ -60,8 +61,10 @@ class History:
                 self.sensors.append(name.decode())
                 self._kept.append(_is_kept(name, self.one_in))
             ids[slot] = self._ids[name]
-        sensor = ids[steps.slot]
-        self._append(Sequences(sensor, steps.end_ms, steps.values, steps.reset).take(np.array(self._kept)[sensor]))
+            kept[slot] = self._kept[ids[slot]]
+        part = Sequences(ids[steps.slot], steps.end_ms, steps.values, steps.reset).take(kept[steps.slot])
+        self._parts.append(part)
+        self._held += len(part)
         while self.most_steps is not None and self._held > self.most_steps:
             self._thin_out()
 
@@ -89,10 +92,6 @@ class History:
             f"no closed window in the history: {self.readings} readings were read, {self.rejected} records were refused; "
             "check the range (--from, --to), readings.fields and readings.event_time"
         )
-
-    def _append(self, part: Sequences) -> None:
-        self._parts.append(part)
-        self._held += len(part)
 
     def _joined(self) -> Sequences:
         if len(self._parts) != 1:

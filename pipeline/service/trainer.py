@@ -81,8 +81,6 @@ class Trainer:
         self.settings = settings
         self.control = control
         self.metrics = metrics or TrainerMetrics(CollectorRegistry())
-        self.decisions = 0
-        """Taken by this trainer."""
         self._requests: list[_Asked] = []
         self._duty: _Duty | None = None
         self._job: _Job | None = None
@@ -230,7 +228,6 @@ class Trainer:
         offset = waiting[0].offset if waiting else position
         write(self.settings, decide, {PARTITION: offset}, membership)
         self._requests = waiting
-        self.decisions += 1
         duty.reader.catch_up()
         duty.advance()
         return True

@@ -75,13 +75,5 @@ def load_models(folders: Iterable[Path]) -> dict[str, Model]:
     return {model.version: model for model in models}
 
 
-def horizon_of(folder: Path) -> int:
-    return int(_manifest(folder)["spec"]["horizon"])
-
-
 def version_of(folder: Path) -> str:
-    return str(_manifest(folder)["version"])
-
-
-def _manifest(folder: Path) -> Any:
-    return json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return str(json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["version"])

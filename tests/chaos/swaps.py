@@ -20,8 +20,8 @@ import numpy as np
 from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.registry import RegistryReader
 from pipeline.service.versions import import_folder, promote
-from pipeline.settings import Settings, load
-from tests.chaos.models import horizon_of, version_of
+from pipeline.settings import load
+from tests.chaos.models import version_of
 from tests.chaos.oracle import Appended
 
 PROMOTE_SECONDS: Final = 90.0
@@ -36,7 +36,7 @@ class Succession:
 
     def __init__(self, config: Path, folders: Sequence[Path]) -> None:
         settings = load(config, {})
-        self._config = config
+        self._settings = settings
         self._turns = itertools.cycle([*folders[1:], folders[0]])
         self._partitions = range(settings.topics.partitions)
         self._promoter = ThreadPoolExecutor(1, "promoter")
@@ -63,11 +63,9 @@ class Succession:
 
     def _promote(self, folder: Path) -> str:
         version, deadline = version_of(folder), time.monotonic() + PROMOTE_SECONDS
-        # Whoever promotes a model with another horizon has said so in the settings; the workers' are what they were.
-        settings: Settings = load(self._config, {}, {"forecast.horizon": horizon_of(folder)})
         while True:
             try:
-                promote(settings, version)
+                promote(self._settings, version)
                 return version
             except DeploymentError:
                 if time.monotonic() > deadline:

@@ -13,7 +13,7 @@ import pytest
 from kafka import KafkaAdminClient, OffsetAndMetadata, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from pipeline.commands.run import _require_topics
+from pipeline.commands.run import require_topics
 from pipeline.errors import DeploymentError
 from pipeline.kafka import registry
 from pipeline.kafka.changelog import read_checkpoint
@@ -416,7 +416,7 @@ def test_a_changelog_that_cannot_serve_stops_the_worker_before_it_starts(
 ) -> None:
     name = make_topic(broker, f"{settings.topics.domain}.other-state.v1", partitions, configs)
     with pytest.raises(DeploymentError, match=f'topic "{name}": {says}'):
-        _require_topics(again(settings, topics__state=name))
+        require_topics(again(settings, topics__state=name))
 
 
 # -- the commands

@@ -75,7 +75,7 @@ def body_of(name: str, size: int = 1_000) -> bytes:
 def manifest_of(settings: Settings, name: str, body: bytes) -> dict[str, Any]:
     """As `models.artifact` writes it, of a network that nobody will load."""
     manifest = {
-        "format": 1,
+        "format": 2,
         "version": name,
         "sha256": hashlib.sha256(body).hexdigest(),
         "spec": asdict(task_settings(settings).spec),

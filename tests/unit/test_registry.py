@@ -123,7 +123,7 @@ def test_what_is_not_a_number_is_written_as_null() -> None:
 
 def test_a_tombstone_takes_its_entry_away() -> None:
     view = promoted(published(RegistryView(), "gru8-a"), "gru8-a")
-    applied([swap_record(Swap(partition=0, offset=5, version="gru8-a", state="log"))], view)
+    applied([swap_record(Swap(partition=0, offset=5, version="gru8-a", state="ring"))], view)
     keys = [b"version/gru8-a", b"chunk/gru8-a/0000", b"champion", b"decision/00000001-token"]
     applied([(key, None) for key in [*keys, b"swap/00000/00000000000000000005"]], view)
     assert (view.versions, view.champion, view.decisions, view.swaps) == ({}, None, [], {})

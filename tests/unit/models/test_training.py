@@ -259,8 +259,9 @@ def test_a_model_for_another_series_is_refused_with_what_differs(folder):
     [
         ("{", "not JSON"),
         ("[]", "format 'list'"),
-        ('{"format": 99}', "format 99; expected format 1"),
-        ('{"format": 1}', "no version, spec"),
+        ('{"format": 99}', "format 99; expected format 2"),
+        ('{"format": 1}', "format 1; expected format 2"),
+        ('{"format": 2}', "no version, spec"),
     ],
 )
 def test_a_manifest_that_is_none_is_refused(folder, content, message):
