@@ -12,7 +12,7 @@ from pipeline.commands.common import CommandContext, with_context
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from pipeline.kafka.registry import Decision
+    from pipeline.kafka.lineage import Decision
 
 FOLDER = click.Path(path_type=Path)
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import msgspec
 
-from pipeline.kafka.registry import utc_now
+from pipeline.kafka.lineage import utc_now
 from pipeline.kafka.sink import RecordSink
 from pipeline.settings import Settings
 from pipeline.stream.columns import OutgoingRecords

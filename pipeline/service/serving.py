@@ -11,7 +11,7 @@ import numpy as np
 from models.forecaster import Model
 from pipeline.errors import DeploymentError
 from pipeline.kafka.changelog import Restore, unusable
-from pipeline.kafka.registry import Swap, swap_record
+from pipeline.kafka.lineage import Swap, swap_record
 from pipeline.service.commit import PartitionWork
 from pipeline.service.recovery import Found, Start, plan_start
 from pipeline.settings import Settings, TopicSettings

@@ -27,10 +27,9 @@ from prometheus_client import CollectorRegistry
 from models.rnn import load_tensorflow
 from models.training import Neural, TrainingProgress
 from pipeline.errors import BrokerUnavailable, DeploymentError
-from pipeline.kafka.registry import (
+from pipeline.kafka.lineage import (
     Decision,
     Record,
-    RegistryReader,
     RegistryView,
     decision_record,
     new_version,
@@ -39,8 +38,8 @@ from pipeline.kafka.registry import (
     rollback_records,
     trim_records,
     utc_now,
-    write,
 )
+from pipeline.kafka.registry import RegistryReader, write
 from pipeline.kafka.source import RecordSource
 from pipeline.service.assembly import task_settings
 from pipeline.service.feed import load_version

@@ -18,12 +18,11 @@ from typing import Any
 
 from models.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, read_manifest
 from pipeline.errors import BrokerUnavailable, DeploymentError
-from pipeline.kafka.registry import (
+from pipeline.kafka.lineage import (
     Champion,
     Decision,
     Kind,
     Record,
-    RegistryReader,
     RegistryView,
     Trigger,
     Version,
@@ -32,12 +31,11 @@ from pipeline.kafka.registry import (
     previous_champion,
     promote_records,
     publish_records,
-    read,
     rollback_records,
     trim_records,
     utc_now,
-    write,
 )
+from pipeline.kafka.registry import RegistryReader, read, write
 from pipeline.service.assembly import task_settings
 from pipeline.service.feed import OWN
 from pipeline.settings import Settings

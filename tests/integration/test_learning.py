@@ -15,7 +15,9 @@ import pytest
 from models.artifact import save
 from models.sequences import Sequences
 from models.training import train
+from pipeline.errors import DeploymentError
 from pipeline.kafka import registry
+from pipeline.kafka.lineage import RegistryView
 from pipeline.kafka.source import RecordSource
 from pipeline.service import versions
 from pipeline.service.assembly import task_settings
@@ -74,18 +76,18 @@ class Plant:
         self.hours += hours
         produce_records(self._broker, self._topic, pairs)
 
-    @property
-    def sequences(self) -> Sequences:
-        """A history of the same kind."""
-        steps = 300
-        random = np.random.default_rng(1)
-        disturbance = np.zeros((steps, SENSORS))
-        for step in range(1, steps):
-            disturbance[step] = 0.8 * disturbance[step - 1] + random.normal(0, 1, SENSORS)
-        values = 20 + 2 * np.sin(2 * np.pi * np.arange(steps)[:, None] / SEASON) + disturbance
-        sensor = np.tile(np.arange(SENSORS, dtype=np.int32), steps)
-        end_ms = np.repeat(START - HOUR * np.arange(steps)[::-1], SENSORS)
-        return Sequences(sensor, end_ms, values.reshape(-1, 1), np.zeros(len(sensor), np.bool_))
+
+def past() -> Sequences:
+    """A history of the plant's kind."""
+    steps = 300
+    random = np.random.default_rng(1)
+    disturbance = np.zeros((steps, SENSORS))
+    for step in range(1, steps):
+        disturbance[step] = 0.8 * disturbance[step - 1] + random.normal(0, 1, SENSORS)
+    values = 20 + 2 * np.sin(2 * np.pi * np.arange(steps)[:, None] / SEASON) + disturbance
+    sensor = np.tile(np.arange(SENSORS, dtype=np.int32), steps)
+    end_ms = np.repeat(START - HOUR * np.arange(steps)[::-1], SENSORS)
+    return Sequences(sensor, end_ms, values.reshape(-1, 1), np.zeros(len(sensor), np.bool_))
 
 
 class Deployment:
@@ -121,8 +123,8 @@ class Deployment:
         ends, positions = duty._scores.end_offsets(), duty._scores.positions()
         return all(positions.get(partition) == end for partition, end in ends.items())
 
-    def until_decided(self, decisions: int) -> registry.RegistryView:
-        view = registry.RegistryView()
+    def until_decided(self, decisions: int) -> RegistryView:
+        view = RegistryView()
 
         def is_there() -> bool:
             nonlocal view
@@ -149,17 +151,8 @@ def a_trainer(settings: Settings) -> Iterator[Trainer]:
 
 
 def poisoned(settings: Settings, folder: Path) -> str:
-    """A model trained on targets that were shuffled: it has learned that nothing follows from anything."""
-    plant = Plant.sequences.fget(None)  # type: ignore[attr-defined]
-    random = np.random.default_rng(5)
-    values = plant.values.copy()
-    for sensor in range(SENSORS):
-        own = np.flatnonzero(plant.sensor == sensor)
-        values[own] = values[random.permutation(own)]
-    wrong = Sequences(
-        plant.sensor, plant.end_ms, values * np.where(random.random(len(values)) < 0.5, -1, 1)[:, None], plant.reset
-    )
-    model = train(wrong, task_settings(settings).spec, units=8, epochs=1, warmup_steps=settings.forecast.warmup_steps)
+    """A model whose weights were all thrown off after its training: no gate would let it through."""
+    model = train(past(), task_settings(settings).spec, units=8, epochs=1, warmup_steps=settings.forecast.warmup_steps)
     weights = model.net.model.get_weights()
     model.net.model.set_weights([weight + 0.8 for weight in weights])
     return str(save(folder, model)["version"])
@@ -230,22 +223,28 @@ def test_a_request_is_answered_once_with_a_decision_and_outlives_the_trainer(
 
 
 def test_of_two_trainers_one_works_and_the_other_takes_its_place(broker: RunningBroker, settings: Settings) -> None:
-    with a_trainer(settings) as first, ExitStack() as stack:
-        deadline = time.monotonic() + 60
-        while first._duty is None:
-            first.round()
-            assert time.monotonic() < deadline
+    with ExitStack() as first_stack, ExitStack() as stack:
+        first = first_stack.enter_context(a_trainer(settings))
+        wait_for(lambda: first._duty is not None, first)
         second = stack.enter_context(a_trainer(settings))
-        stop = threading.Event()
-        other = threading.Thread(target=lambda: second.run(stop.is_set))
-        other.start()
-        try:
-            for _ in range(40):
-                first.round()
-            assert (first._duty is None) != (second._duty is None)
-        finally:
-            stop.set()
-            other.join()
+        for _ in range(20):  # at once, as two processes would
+            both = [threading.Thread(target=trainer.round) for trainer in (first, second)]
+            for thread in both:
+                thread.start()
+            for thread in both:
+                thread.join()
+        assert (first._duty is None) != (second._duty is None)
+        gone, other = (first, second) if first._duty else (second, first)
+        gone.close()
+        gone.control.close()
+        wait_for(lambda: other._duty is not None, other)
+
+
+def wait_for(true: Callable[[], bool], trainer: Trainer, seconds: float = 60.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        trainer.round()
 
 
 def test_a_model_that_was_made_for_other_readings_does_not_get_into_service(
@@ -255,10 +254,8 @@ def test_a_model_that_was_made_for_other_readings_does_not_get_into_service(
         settings, windows__size_ms=60_000, windows__hop_ms=60_000, forecast__season_ms=(240_000,)
     )
     spec = task_settings(fit_for_minutes).spec
-    model = train(Plant.sequences.fget(None), spec, units=8, epochs=1)  # type: ignore[attr-defined]
+    model = train(past(), spec, units=8, epochs=1)
     save(tmp_path / "minutes", model)
     versions.import_folder(settings, tmp_path / "minutes", promote=False)
-    from pipeline.errors import DeploymentError
-
     with pytest.raises(DeploymentError, match="step_ms"):
         versions.promote(settings, model.forecaster.version, force=True)

@@ -19,13 +19,10 @@ from click.testing import CliRunner, Result
 from pipeline.cli import main
 from pipeline.errors import DeploymentError
 from pipeline.kafka import topics
-from pipeline.kafka.membership import memberless
-from pipeline.kafka.registry import (
-    ATTEMPTS,
+from pipeline.kafka.lineage import (
     CHUNK_BYTES,
     Decision,
     Record,
-    RegistryReader,
     RegistryView,
     Swap,
     batches,
@@ -34,12 +31,12 @@ from pipeline.kafka.registry import (
     new_version,
     promote_records,
     publish_records,
-    read,
     swap_record,
     trim_records,
     utc_now,
-    write,
 )
+from pipeline.kafka.membership import memberless
+from pipeline.kafka.registry import ATTEMPTS, RegistryReader, read, write
 from pipeline.kafka.source import RecordSource
 from pipeline.kafka.transactions import TransactionalSink, TransactionFailed
 from pipeline.service import versions

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from pipeline.errors import DeploymentError
-from pipeline.kafka.registry import (
+from pipeline.kafka.lineage import (
     CHUNK_BYTES,
     Champion,
     Decision,
