@@ -24,11 +24,15 @@ def models() -> None:
 
 
 @models.command("list")
+@click.option("--decisions", is_flag=True, help="What was decided instead, and why: also about what was refused.")
 @with_context
-def list_(context: CommandContext) -> None:
+def list_(context: CommandContext, decisions: bool) -> None:
     """All versions, in order of arrival. `pinball`: of each on its own held-back part."""
     from pipeline.service import versions
 
+    if decisions:
+        context.emit(versions.decision_rows(context.settings), title="Decisions")
+        return
     rows = versions.list_rows(context.settings)
     if rows or context.format == "json":
         context.emit(rows, title="Models")

@@ -48,7 +48,7 @@ def trainer(context: CommandContext) -> None:
 @click.option("--reason", default="", help="Why: it will stand in the decision's record.")
 @with_context
 def retrain(context: CommandContext, reason: str) -> None:
-    """Ask the trainer to learn again now. The decision appears in `millrace models show`."""
+    """Ask the trainer to learn again now. `millrace models list --decisions` has the answer."""
     from pipeline.service.requests import ask_to_retrain
 
     ask_to_retrain(context.settings, reason)

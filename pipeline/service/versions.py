@@ -84,6 +84,24 @@ def list_rows(settings: Settings) -> list[dict[str, Any]]:
     ]
 
 
+def decision_rows(settings: Settings) -> list[dict[str, Any]]:
+    """One row a decision, in the order in which they were taken; those about versions that were refused or are gone, too.
+    Raises DeploymentError where the topic cannot be read."""
+    return [
+        {
+            "decided at": decision.decided_at,
+            "event time": instant(decision.event_time_ms),
+            "decision": decision.kind,
+            "trigger": decision.trigger,
+            "version": decision.version,
+            "champion before": decision.champion,
+            "pinball": {figures["name"]: _rounded(figures.get("pinball")) for figures in decision.figures},
+            "reason": decision.reason,
+        }
+        for decision in read(settings).decisions
+    ]
+
+
 def show_rows(settings: Settings, name: str) -> list[dict[str, Any]]:
     """Everything about one version: the version itself, its manifest, its figures, the decisions that name it. Raises
     DeploymentError where there is no such version."""

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
@@ -450,6 +451,21 @@ def test_from_an_import_to_a_promotion_to_a_rollback(
     assert "gru8-a has no previous version to return to" in said_by(millrace("rollback"))
     assert "gru8-b) was withdrawn: it was too slow" in said_by(millrace("promote", "gru8-b"))
     assert rows_of(millrace("promote", "gru8-b", "--force"))[0]["kind"] == "promoted"
+    kinds = ["imported", "promoted", "imported", "promoted", "rolled-back", "promoted"]
+    assert [row["decision"] for row in rows_of(millrace("list", "--decisions"))] == kinds
+
+
+def test_what_was_refused_and_is_on_no_list_of_versions_is_shown_with_its_figures(
+    settings: Settings, millrace: Callable[..., Result]
+) -> None:
+    figures = [{"name": "challenger", "pinball": 0.26049}, {"name": "champion", "pinball": 0.19}]
+    refused = msgspec.structs.replace(_refusal(), version="gru8-x", figures=figures, event_time_ms=1_769_700_000_000)
+    write(settings, lambda view: [] if view.decisions else [decision_record(refused)])
+    assert rows_of(millrace("list")) == []
+    (row,) = rows_of(millrace("list", "--decisions"))
+    assert (row["decision"], row["trigger"], row["version"], row["reason"]) == ("refused", "drift", "gru8-x", "worse")
+    assert row["event time"] == "2026-01-29T15:20:00+00:00"
+    assert row["pinball"] == {"challenger": 0.2605, "champion": 0.19}
     shown = rows_of(millrace("show", "2"))
     assert [row["value"].split(" ", 1)[1] for row in shown if row["about"] == "decision"] == [
         f"imported (by-hand): imported from {tmp_path / 'gru8-b'}",
