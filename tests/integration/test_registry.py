@@ -453,6 +453,18 @@ def test_from_an_import_to_a_promotion_to_a_rollback(
     assert rows_of(millrace("promote", "gru8-b", "--force"))[0]["kind"] == "promoted"
     kinds = ["imported", "promoted", "imported", "promoted", "rolled-back", "promoted"]
     assert [row["decision"] for row in rows_of(millrace("list", "--decisions"))] == kinds
+    shown = rows_of(millrace("show", "2"))
+    assert [row["value"].split(" ", 1)[1] for row in shown if row["about"] == "decision"] == [
+        f"imported (by-hand): imported from {tmp_path / 'gru8-b'}",
+        f"promoted (by-hand): promoted by hand, with its import from {tmp_path / 'gru8-b'}",
+        "rolled-back gru8-a (by-hand): it was too slow",
+        "promoted (by-hand): promoted by hand, although it was withdrawn: it was too slow",
+    ]
+    assert {row["name"]: row["value"]["pinball"] for row in shown if row["about"] == "figures"} == {
+        "Millrace": 0.1235,
+        "LastValue": 0.5,
+    }
+    assert {row["name"]: row["value"] for row in shown if row["about"] == "version"}["state"] == "champion"
 
 
 def test_what_was_refused_and_is_on_no_list_of_versions_is_shown_with_its_figures(
@@ -466,18 +478,6 @@ def test_what_was_refused_and_is_on_no_list_of_versions_is_shown_with_its_figure
     assert (row["decision"], row["trigger"], row["version"], row["reason"]) == ("refused", "drift", "gru8-x", "worse")
     assert row["event time"] == "2026-01-29T15:20:00+00:00"
     assert row["pinball"] == {"challenger": 0.2605, "champion": 0.19}
-    shown = rows_of(millrace("show", "2"))
-    assert [row["value"].split(" ", 1)[1] for row in shown if row["about"] == "decision"] == [
-        f"imported (by-hand): imported from {tmp_path / 'gru8-b'}",
-        f"promoted (by-hand): promoted by hand, with its import from {tmp_path / 'gru8-b'}",
-        "rolled-back gru8-a (by-hand): it was too slow",
-        "promoted (by-hand): promoted by hand, although it was withdrawn: it was too slow",
-    ]
-    assert {row["name"]: row["value"]["pinball"] for row in shown if row["about"] == "figures"} == {
-        "Millrace": 0.1235,
-        "LastValue": 0.5,
-    }
-    assert {row["name"]: row["value"] for row in shown if row["about"] == "version"}["state"] == "champion"
 
 
 def test_what_is_so_already_is_told_and_changes_nothing(
