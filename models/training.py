@@ -101,7 +101,7 @@ class Options:
     chunk_steps: int = 96
     lanes: int = 64
     epochs: int = 20
-    patience: int = 3
+    patience: int = 8
     learning_rate: float = 3e-3
     warmup_steps: int = 12
 
@@ -119,7 +119,7 @@ def train(
     chunk_steps: int = 96,
     lanes: int = 64,
     epochs: int = 20,
-    patience: int = 3,
+    patience: int = 8,
     learning_rate: float = 3e-3,
     dropout: float = 0.2,
     holdout: float = 0.2,

@@ -372,7 +372,7 @@ class TrainingSettings(Section, frozen=True):
         ),
     ] = field(name="history", default=None)
     epochs: Annotated[int, Meta(description="Passes over the history, at most.", ge=1)] = 20
-    patience: Annotated[int, Meta(description="Passes without a better score before it stops.", ge=1)] = 3
+    patience: Annotated[int, Meta(description="Passes without a better score before it stops.", ge=1)] = 8
     chunk_steps: Annotated[int, Meta(description="Steps that back-propagation goes back through time.", ge=1)] = field(
         name="chunk", default=96
     )
