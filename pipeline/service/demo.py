@@ -64,7 +64,7 @@ class DemoPlan:
     interval_ms: int = 15 * 60_000
     seed: int = 0
     units: int = 32
-    epochs: int = 8
+    epochs: int = 16
     broken_share: float = 0.0005
     late_share: float = 0.001
     keep: bool = False
