@@ -132,6 +132,17 @@ class Readings:
     def __len__(self) -> int:
         return len(self.offsets)
 
+    def take(self, rows: slice) -> Readings:
+        """A stretch of them."""
+        return Readings(
+            self.sensors[rows], self.offsets[rows], self.event_time_ms[rows], self.values[rows], self.record[rows]
+        )
+
+    @staticmethod
+    def none(fields: int) -> Readings:
+        nothing = np.empty(0, np.int64)
+        return Readings([], nothing, nothing, np.empty((0, fields)), nothing)
+
 
 @dataclass(frozen=True, slots=True)
 class Rejected:

@@ -10,6 +10,7 @@ Who answers, and what the status says of it:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +24,7 @@ from pipeline.stream.columns import BASELINE, OK, STALE, WARMING, Bool, Float32,
 from pipeline.stream.scoring import Scorer, default_leads
 from pipeline.stream.state import STEPS, SensorTable
 
+Baseline = type[LastValue] | type[SeasonalNaive]
 REBUILD_ROWS = 1024
 """Sensors at a time that are run through a new model."""
 
@@ -43,6 +45,8 @@ class Answers:
     """(m) False where no target has ever been observed: there is nothing to say yet."""
     scores: Float64
     """(m, 2, 5, L) what was said of these steps earlier, against what they brought (`Scorer`)."""
+    beside: tuple[Prediction, ...] = ()
+    """What the forecasters beside say: mean (m, H, K), quantiles (m, H, K, Q) each."""
 
 
 class Forecasting:
@@ -50,13 +54,20 @@ class Forecasting:
 
     spec: the series as the stream delivers it. A model brings its own horizon and quantiles, and the baseline and the scores
     follow it: what is served may so change its shape while it runs. rewarm_steps: how far back a new model is run through what
-    is remembered. leads: scored ones; those beyond the horizon are left out; empty: `default_leads`.
+    is remembered. leads: scored ones; those beyond the horizon are left out; empty: `default_leads`. beside: baselines that are asked
+    at every step as well; they never answer.
     """
 
     def __init__(
-        self, spec: SeriesSpec, model: Model | None = None, rewarm_steps: int = 0, leads: tuple[int, ...] = ()
+        self,
+        spec: SeriesSpec,
+        model: Model | None = None,
+        rewarm_steps: int = 0,
+        leads: tuple[int, ...] = (),
+        beside: Sequence[Baseline] = (),
     ) -> None:
         self._leads = leads
+        self._kinds = beside
         self._rewarm_steps = rewarm_steps
         self._set_model(spec, model)
         self._names = [column.name for column in self.columns()]
@@ -67,6 +78,7 @@ class Forecasting:
         self.spec = spec = model.spec if model else spec
         self.memory = SeriesMemory(spec, look_back(spec) + self._rewarm_steps)
         self.baseline: Forecaster = SeasonalNaive(spec) if spec.seasons else LastValue(spec)
+        self.beside = [self.baseline if isinstance(self.baseline, kind) else kind(spec) for kind in self._kinds]
         self.model = model
         self.scorer = Scorer(
             spec, [lead for lead in self._leads if lead <= spec.horizon] or default_leads(spec.horizon)
@@ -77,7 +89,12 @@ class Forecasting:
 
     def lasting_columns(self) -> tuple[Column, ...]:
         """What no change of the model touches."""
-        return (*self.memory.columns(), *self.baseline.columns())
+        own = [forecaster for forecaster in self.beside if forecaster is not self.baseline]
+        return (
+            *self.memory.columns(),
+            *self.baseline.columns(),
+            *(column for forecaster in own for column in forecaster.columns()),
+        )
 
     def model_columns(self) -> tuple[Column, ...]:
         """Those that another model brings in another shape, or begins anew."""
@@ -102,18 +119,24 @@ class Forecasting:
 
     def advance(self, steps: Steps, table: SensorTable) -> Answers:
         """Consume m steps, ordered by (window, slot), and answer at each. Updates the table."""
-        m, spec = len(steps), self.spec
+        m = len(steps)
+        said = self._nothing_said(m)
         answers = Answers(
-            np.empty((m, spec.horizon, len(spec.targets)), np.float32),
-            np.empty((m, spec.horizon, len(spec.targets), len(spec.quantiles)), np.float32),
+            said.mean,
+            said.quantiles,
             np.empty(m, np.uint8),
             np.empty(m, np.int32),
             np.empty(m, np.bool_),
             np.empty((m, *self.scorer.shape)),
+            tuple(self._nothing_said(m) for _ in self.beside),
         )
         for block in iter_blocks(steps.slot, steps.reset):
             self._advance_block(block, steps, table, answers)
         return answers
+
+    def _nothing_said(self, m: int) -> Prediction:
+        shape = (m, self.spec.horizon, len(self.spec.targets))
+        return Prediction(np.empty(shape, np.float32), np.empty((*shape, len(self.spec.quantiles)), np.float32))
 
     def _advance_block(self, block: Block, steps: Steps, table: SensorTable, answers: Answers) -> None:
         if block.reset.any():
@@ -137,8 +160,11 @@ class Forecasting:
             of_model = np.where(steps.count[block.index] > 0, OK, STALE)
             status = np.where(ready, np.where(usable, of_model, BASELINE), WARMING).astype(np.uint8)
         scores = self.scorer.advance(rows, live, context, answered, speaks, baseline)
-        table.scatter(block.sensors, rows)
         at = block.index[live]
+        for forecaster, kept in zip(self.beside, answers.beside):
+            own = baseline if forecaster is self.baseline else forecaster.advance(rows, step_block, context)
+            kept.mean[at], kept.quantiles[at] = own.mean[live], own.quantiles[live]
+        table.scatter(block.sensors, rows)
         answers.scores[at] = scores[live]
         answers.mean[at] = prediction.mean[live]
         answers.quantiles[at] = prediction.quantiles[live]

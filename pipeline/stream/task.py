@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.stream.columns import (
     Rejected,
     Steps,
 )
-from pipeline.stream.forecasting import Answers, Forecasting
+from pipeline.stream.forecasting import Answers, Baseline, Forecasting
 from pipeline.stream.scoring import Scores, by_window
 from pipeline.stream.serdes import CONVERTER, TRANSFORMATION, ReadingDecoder, ReadingFormat
 from pipeline.stream.state import STEPS, WINDOWS, SensorTable
@@ -53,6 +54,10 @@ class TaskOutput:
     """Of the windows that closed."""
     next_offset: int
     """The offset to read next, and so the one to commit once the rest has been sent."""
+    steps: Steps
+    """The windows that closed."""
+    answers: Answers
+    """To each of them: what `forecasts` is made of."""
 
 
 class StepTask:
@@ -95,10 +100,17 @@ class ForecastTask(StepTask):
     """One partition's whole path. Its state is a pure function of the records it was given, in order.
 
     emit_from: records before this offset only rebuild state. What they caused was sent before, so it is not sent again.
+    beside: baselines to be asked at every step as well (`Answers.beside`).
     """
 
-    def __init__(self, settings: TaskSettings, model: Model | None = None, emit_from: int = 0) -> None:
-        self.forecasting = Forecasting(settings.spec, model, settings.rewarm_steps, settings.scored_leads)
+    def __init__(
+        self,
+        settings: TaskSettings,
+        model: Model | None = None,
+        emit_from: int = 0,
+        beside: Sequence[Baseline] = (),
+    ) -> None:
+        self.forecasting = Forecasting(settings.spec, model, settings.rewarm_steps, settings.scored_leads, beside)
         super().__init__(settings)
         self.emit_from = emit_from
 
@@ -124,18 +136,49 @@ class ForecastTask(StepTask):
     def run(self, records: RecordColumns) -> TaskOutput:
         """Take in records of one partition, in log order, and say what is to be sent."""
         steps, readings, rejected = self.process(records)
-        answers = self.forecasting.advance(steps, self.table)
+        counts = self._count(records, readings, rejected)
+        next_offset = int(records.offsets[-1]) + 1 if len(records) else 0
         letters = self._dead_letters(records, rejected)
+        return self._output(records.topic, records.partition, steps, next_offset, counts, letters)
+
+    def take(self, topic: str, partition: int, readings: Readings) -> TaskOutput:
+        """The same from readings that are decoded already, as those of a file are. Late ones are counted; there is no record to make a
+        dead letter of."""
+        steps, late = self.advance(readings)
+        counts = Counts(readings=len(readings), late=len(late))
+        next_offset = int(readings.offsets[-1]) + 1 if len(readings) else 0
+        return self._output(topic, partition, steps, next_offset, counts)
+
+    def finish(self, topic: str, partition: int, next_offset: int) -> TaskOutput:
+        """No reading will come any more, as at the end of a file: the open windows close, the newest one with them."""
+        newest = self.windows.newest_open(self.table)
+        if newest == NEVER:
+            steps, _ = self.advance(Readings.none(len(self.settings.format.fields)))
+        else:
+            closes_at_ms = int(self.settings.rule.closes_at_ms(np.array(newest, np.int64)))
+            steps = self.windows.close_at(closes_at_ms, self.table)
+            steps.offset[:] = next_offset
+            self.table.touch(np.arange(len(self.table), dtype=np.int32), WINDOWS, STEPS)
+        return self._output(topic, partition, steps, next_offset, Counts())
+
+    def _output(
+        self,
+        topic: str,
+        partition: int,
+        steps: Steps,
+        next_offset: int,
+        counts: Counts,
+        letters: list[DeadLetter] | None = None,
+    ) -> TaskOutput:
+        answers = self.forecasting.advance(steps, self.table)
         fresh: Bool = steps.offset >= self.emit_from
-        chosen: Bool = answers.known & fresh
-        forecasts = self._forecasts(records.topic, records.partition, steps, answers, chosen)
-        return TaskOutput(
-            forecasts,
-            letters,
-            self._count(records, readings, rejected, steps, forecasts),
-            self._scores(records.partition, steps, answers, fresh),
-            int(records.offsets[-1]) + 1 if len(records) else 0,
-        )
+        forecasts = self._forecasts(topic, partition, steps, answers, answers.known & fresh)
+        counts.forecasts = len(forecasts)
+        counts.steps = int(fresh.sum())
+        counts.gap_steps = int((fresh & (steps.count == 0)).sum())
+        counts.resets = int((fresh & steps.reset).sum())
+        scores = self._scores(partition, steps, answers, fresh)
+        return TaskOutput(forecasts, letters or [], counts, scores, next_offset, steps, answers)
 
     def provisional(self, topic: str, partition: int, idle_ms: int, offset: int) -> list[Forecasts]:
         """What there would be to say if stream time had gone on for `idle_ms` without a reading: forecasts of the
@@ -210,19 +253,12 @@ class ForecastTask(StepTask):
             and (refused.reason != "late" or self.settings.late_to_dead_letters)
         ]
 
-    def _count(
-        self, records: RecordColumns, readings: Readings, rejected: list[Rejected], steps: Steps, forecasts: Forecasts
-    ) -> Counts:
+    def _count(self, records: RecordColumns, readings: Readings, rejected: list[Rejected]) -> Counts:
         """Of the records from `emit_from` on: what was read again in silence counted when it was read first."""
         counts = Counts(
             records=int((records.offsets >= self.emit_from).sum()),
             readings=int((readings.offsets >= self.emit_from).sum()),
-            forecasts=len(forecasts),
         )
-        fresh = steps.offset >= self.emit_from
-        counts.steps = int(fresh.sum())
-        counts.gap_steps = int((fresh & (steps.count == 0)).sum())
-        counts.resets = int((fresh & steps.reset).sum())
         for refused in rejected:
             if records.offsets[refused.record] >= self.emit_from:
                 counts.rejected[refused.reason] = counts.rejected.get(refused.reason, 0) + 1
