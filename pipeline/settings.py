@@ -574,6 +574,24 @@ def describe(settings: Settings) -> list[dict[str, Any]]:
     return rows
 
 
+def to_toml(settings: Settings) -> str:
+    """The settings in force as a file that says all of them; secrets are left out.
+
+    >>> parse(to_toml(parse('[windows]\\nsize = "5m"'))).windows.size_ms + 0
+    300000
+    """
+    lines: list[str] = []
+    for row in describe(settings):
+        section, _, key = row["key"].partition(".")
+        if f"[{section}]" not in lines:
+            lines += ["", f"[{section}]"]
+        if row["value"] == MASK:
+            lines.append(f"# {key}: a secret, left out")
+        else:
+            lines.append(f"{key} = {msgspec.json.encode(row['value']).decode()}")
+    return "\n".join(lines[1:]) + "\n"
+
+
 def shown(value: Any) -> Any:
     """A value as TOML writes it: durations as texts, tuples as lists, None as an empty text."""
     if isinstance(value, Duration):

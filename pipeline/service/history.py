@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from models.forecaster import Rows
 from models.scaling import FORGETTING
@@ -14,7 +16,8 @@ from models.sequences import Sequences, joined
 from pipeline.errors import DeploymentError
 from pipeline.kafka.source import RecordSource
 from pipeline.service.files import FileBatch
-from pipeline.stream.columns import Readings, RecordColumns, Steps
+from pipeline.service.inputs import readings_of
+from pipeline.stream.columns import RecordColumns, Steps
 from pipeline.stream.task import StepTask, TaskSettings
 
 POLL_TIMEOUT_MS = 500
@@ -92,6 +95,24 @@ class History:
             f"no closed window in the history: {self.readings} readings were read, {self.rejected} records were refused; "
             "check the range (--from, --to), readings.fields and readings.event_time"
         )
+
+    def state(self) -> tuple[dict[str, NDArray[Any]], dict[str, Any]]:
+        """All that is held, as arrays and as what JSON can hold; `restore` takes it back."""
+        whole = self._joined()
+        arrays = {name: getattr(whole, name) for name in ("sensor", "end_ms", "values", "reset")}
+        arrays |= {f"begin.{name}": column for name, column in (self._begin or {}).items()}
+        facts = {name: getattr(self, name) for name in ("sensors", "readings", "rejected", "one_in")}
+        return arrays, facts | {"kept": [int(kept) for kept in self._kept]}
+
+    def restore(self, arrays: Mapping[str, NDArray[Any]], facts: Mapping[str, Any]) -> None:
+        self.sensors, self.one_in = list(facts["sensors"]), facts["one_in"]
+        self.readings, self.rejected = facts["readings"], facts["rejected"]
+        self._ids = {name.encode(): number for number, name in enumerate(self.sensors)}
+        self._kept = [bool(kept) for kept in facts["kept"]]
+        begin = {name.removeprefix("begin."): column for name, column in arrays.items() if name.startswith("begin.")}
+        self._begin = begin or None
+        whole = Sequences(arrays["sensor"], arrays["end_ms"], arrays["values"], arrays["reset"], self._begin)
+        self._parts, self._held = [whole], len(whole)
 
     def _joined(self) -> Sequences:
         if len(self._parts) != 1:
@@ -187,28 +208,10 @@ def from_batches(settings: TaskSettings, batches: Iterable[FileBatch]) -> Histor
     task = StepTask(settings)
     offset = 0
     for batch in batches:
-        readings = _readings(settings, batch, offset)
+        readings = readings_of(batch, settings.format.fields, offset)
         offset += len(readings)
         steps, late = task.advance(readings)
         history.readings += len(readings)
         history.rejected += len(late)
         history.add(task, steps)
     return history
-
-
-def _readings(settings: TaskSettings, batch: FileBatch, offset: int) -> Readings:
-    columns = [batch.field_names.index(name) for name in settings.format.fields if name in batch.field_names]
-    missing = [name for name in settings.format.fields if name not in batch.field_names]
-    if missing:
-        raise DeploymentError(
-            f"the file has no field {missing[0]!r}: it has {', '.join(batch.field_names)}; set readings.fields to what the file holds"
-        )
-    sensors = [name.encode() for name in batch.sensors]
-    n = len(batch.event_time_ms)
-    return Readings(
-        [sensors[code] for code in batch.codes.tolist()],
-        np.arange(offset, offset + n),
-        batch.event_time_ms,
-        batch.values[:, columns],
-        np.arange(n),
-    )
