@@ -6,8 +6,9 @@ Values are written by column, not by reading: one JSON text for a whole column o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, field
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import orjson
@@ -15,13 +16,26 @@ from numpy.typing import NDArray
 
 from pipeline.kafka.sink import Partitioner, RecordSink
 from pipeline.service.files import FileBatch, FileError
-from pipeline.stream.columns import Int32, OutgoingRecords
+from pipeline.stream.columns import Int32, Int64, OutgoingRecords
 
 READINGS_AT_ONCE = 50_000
 """How many are encoded and sent before Ctrl-C is looked at again: a tenth of a second."""
 LONGEST_SLEEP_SECONDS = 0.25
 FLUSH_EVERY_READINGS = 500_000
-"""At full speed: how soon a broker that refuses is noticed."""
+FLUSH_EVERY_SECONDS = 5.0
+"""Whichever comes first: how soon a broker that refuses is noticed, at full speed and at the original pace."""
+NO_TIME: Final = -(2**62)
+"""As an event time: before all others, and due at once."""
+
+
+class Timed(Sized, Protocol):
+    """n things with a time each: what can be paced."""
+
+    @property
+    def event_time_ms(self) -> Int64: ...
+
+
+T = TypeVar("T", bound=Timed)
 
 
 @dataclass(slots=True)
@@ -35,12 +49,18 @@ class ReplayReport:
     share_read: float = 0.0
 
     def add(self, batch: FileBatch) -> None:
-        self.records += len(batch)
         self.sensors.update(batch.sensors[code] for code in np.unique(batch.codes).tolist())
-        first, last = int(batch.event_time_ms.min()), int(batch.event_time_ms.max())
+        self.count(len(batch), batch.event_time_ms, batch.share_read)
+
+    def count(self, records: int, event_time_ms: Int64, share_read: float) -> None:
+        """So many more records; event_time_ms: of those that have one."""
+        self.records += records
+        self.share_read = share_read
+        if not len(event_time_ms):
+            return
+        first, last = int(event_time_ms.min()), int(event_time_ms.max())
         self.first_ms = first if self.first_ms is None else min(self.first_ms, first)
         self.last_ms = last if self.last_ms is None else max(self.last_ms, last)
-        self.share_read = batch.share_read
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,18 +151,35 @@ def replay(
     Raises FileError for what cannot be read or sent, DeploymentError for a broker that does not take it.
     """
     report = report or ReplayReport()
-    unflushed = 0
-    for batch in paced(batches, speed, clock, sleep):
-        for records in encoder.encode(batch):
-            sink.async_send(records)
+
+    def sent(batch: FileBatch) -> None:
         report.add(batch)
         on_progress(report)
-        unflushed += len(batch)
-        if unflushed >= FLUSH_EVERY_READINGS:
-            sink.flush()
-            unflushed = 0
-    sink.flush()
+
+    send_all(paced(batches, speed, clock, sleep), encoder.encode, sink, sent, clock)
     return report
+
+
+def send_all(
+    pieces: Iterable[T],
+    encode: Callable[[T], Sequence[OutgoingRecords]],
+    sink: RecordSink,
+    on_sent: Callable[[T], None],
+    clock: Callable[[], float],
+) -> None:
+    """Sends the pieces as they come, and returns when every record is acknowledged.
+
+    on_sent: called after each piece. Raises DeploymentError for a broker that does not take a record."""
+    unflushed, flushed_at = 0, clock()
+    for piece in pieces:
+        for records in encode(piece):
+            sink.async_send(records)
+        on_sent(piece)
+        unflushed += len(piece)
+        if unflushed >= FLUSH_EVERY_READINGS or clock() - flushed_at >= FLUSH_EVERY_SECONDS:
+            sink.flush()
+            unflushed, flushed_at = 0, clock()
+    sink.flush()
 
 
 def paced(
@@ -151,25 +188,40 @@ def paced(
     clock: Callable[[], float],
     sleep: Callable[[float], bool],
 ) -> Iterator[FileBatch]:
+    """`at_pace` for the readings of a file."""
+    return at_pace(batches, _slice, speed, clock, sleep)
+
+
+def at_pace(
+    batches: Iterable[T],
+    cut: Callable[[T, int, int], T],
+    speed: float | None,
+    clock: Callable[[], float],
+    sleep: Callable[[float], bool],
+) -> Iterator[T]:
     """The batches cut into pieces, each when its time has come; ends early when `sleep` returns True.
 
+    cut: (batch, start, stop) -> those rows of it. No batch may be empty.
+
     event time   t0 -------- t ------------>        a reading is due (t - t0) / speed seconds after the first;
-    wall time    now ----- now + (t - t0)/speed     one that is out of order is due at once
+    wall time    now ----- now + (t - t0)/speed     one that is out of order, or at NO_TIME, is due at once
     """
     start_seconds = clock()
     start_ms: int | None = None
-    newest_ms = -(2**62)
+    newest_ms = NO_TIME
     for batch in batches:
         if speed is None:
             for at in range(0, len(batch), READINGS_AT_ONCE):
                 if sleep(0):
                     return
-                yield _slice(batch, at, min(at + READINGS_AT_ONCE, len(batch)))
+                yield cut(batch, at, min(at + READINGS_AT_ONCE, len(batch)))
             continue
         stream_time_ms = np.maximum(np.maximum.accumulate(batch.event_time_ms), newest_ms)
         newest_ms = int(stream_time_ms[-1])
-        start_ms = int(stream_time_ms[0]) if start_ms is None else start_ms
-        due_seconds = start_seconds + (stream_time_ms - start_ms) / 1000 / speed
+        if start_ms is None and newest_ms > NO_TIME:
+            start_seconds, start_ms = clock(), int(stream_time_ms[stream_time_ms > NO_TIME][0])
+        first_ms = newest_ms if start_ms is None else start_ms
+        due_seconds = start_seconds + (np.maximum(stream_time_ms, first_ms) - first_ms) / 1000 / speed
         at = 0
         while at < len(batch):
             now_seconds = clock()
@@ -179,7 +231,7 @@ def paced(
             if sleep(min(wait_seconds, LONGEST_SLEEP_SECONDS)):
                 return
             if until > at:
-                yield _slice(batch, at, until)
+                yield cut(batch, at, until)
                 at = until
 
 
