@@ -77,11 +77,11 @@ class ErrorSums:
                 self.of_level[f, places] += known.sum()
 
     def figures(self, scale: Float64, deviation: Float64, series: int | None = None) -> Figures:
-        """scale, deviation: (S) what MASE and the scaled errors divide by; NaN = unknown: the series is left out of them.
-        series: of one only."""
-        chosen: Any = slice(None) if series is None else slice(series, series + 1)
-        sums = self.sums[chosen]
-        return Figures(self.forecasters, sums, scale[: len(self.sums)][chosen], deviation[: len(self.sums)][chosen])
+        """scale, deviation: (S) what MASE and the scaled errors divide by, one a series; NaN = unknown: the series is left out of
+        them. series: of one only."""
+        known = min(len(self.sums), len(scale))
+        chosen = slice(0, known) if series is None else slice(series, series + 1)
+        return Figures(self.forecasters, self.sums[chosen], scale[chosen], deviation[chosen])
 
     @property
     def reliability(self) -> dict[str, Float64]:

@@ -19,9 +19,14 @@ from pipeline.errors import MillraceError, SettingsError
 COMMANDS: Final = {
     "broker": ("pipeline.commands.broker:broker", "A local Kafka: start, stop, status, logs."),
     "topics": ("pipeline.commands.topics:topics", "The topics that the settings need: create, check."),
-    "replay": ("pipeline.commands.replay:replay", "A CSV or Parquet file into the readings topic."),
+    "replay": ("pipeline.commands.replay:replay", "A file, or another topic, into the readings topic."),
     "train": ("pipeline.commands.train:train", "A model from history."),
     "run": ("pipeline.commands.run:run", "The service: readings in, forecasts out."),
+    "backtest": (
+        "pipeline.commands.backtest:backtest",
+        "What the service would have said: from its topic or a file.",
+    ),
+    "forecast": ("pipeline.commands.forecast:forecast", "The next steps after a file's end."),
     "models": (
         "pipeline.commands.models:models",
         "Models on their topic: list, show, promote, rollback, export, import.",

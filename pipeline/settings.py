@@ -559,6 +559,27 @@ def parse(
     return Settings(**sections, sources=sources)  # type: ignore[arg-type]
 
 
+def changed(settings: Settings, values: Mapping[str, Any], source: str) -> Settings:
+    """The same settings with some keys set otherwise; what follows from them follows anew. values: TOML key -> value; source: what
+    errors and `source_of` call it.
+
+    >>> changed(Settings(), {"windows.size": "15m"}, "the file").windows.hop_ms + 0
+    900000
+    """
+    from pipeline._settings_checks import convert
+
+    sources = settings.sources | dict.fromkeys(values, source)
+    sections = {}
+    for name, section in SECTIONS.items():
+        names = {info.encode_name: info.name for info in msgspec.structs.fields(section)}
+        given = {
+            key: shown(getattr(getattr(settings, name), names[key])) for key in names if f"{name}.{key}" in sources
+        }
+        given |= {key: values[f"{name}.{key}"] for key in names if f"{name}.{key}" in values}
+        sections[name] = convert(name, section, given, sources)
+    return Settings(**sections, sources=sources)  # type: ignore[arg-type]
+
+
 def describe(settings: Settings) -> list[dict[str, Any]]:
     """One row a key, in the order of the file: `key`, `value` as TOML would say it (secrets masked), `source`."""
     rows = []

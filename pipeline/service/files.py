@@ -1,4 +1,4 @@
-"""CSV and Parquet files of any column layout -> readings, batch by batch, in bounded memory.
+"""CSV and Parquet files (and DataFrames) of any column layout -> readings, batch by batch, in bounded memory.
 
     wide    time, pump-1, pump-2, …       each value column is a sensor; its reading has one field, `value`
     long    time, id, temperature, …      one row a reading; every other numeric column is a field
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
@@ -101,13 +102,13 @@ class FileColumn:
 
 
 def read_file(
-    path: Path, layout: FileLayout, from_ms: int | None = None, to_ms: int | None = None
+    source: Path | pd.DataFrame, layout: FileLayout, from_ms: int | None = None, to_ms: int | None = None
 ) -> Iterator[FileBatch]:
-    """The readings of a file whose event time is inside [from_ms ---- to_ms), in the file's order.
+    """The readings of a file, or of a DataFrame, whose event time is inside [from_ms ---- to_ms), in the file's order.
 
     Raises LayoutError for a layout that does not fit the file, FileError for a cell that cannot be read; both name row and column
     as far as they have one."""
-    table = _open(path, layout)
+    table, path = _open(source, layout), _name(source)
     layout = _resolved(layout, table.columns(), path)
     times = TimeParser(layout.time_format)
     row = 0
@@ -149,7 +150,7 @@ def _wide(layout: FileLayout, event_time_ms: Int64, values: Float64, share: floa
     )
 
 
-def _sensors(batch: pa.RecordBatch, layout: FileLayout, path: Path, first_row: int) -> tuple[list[str], Int32]:
+def _sensors(batch: pa.RecordBatch, layout: FileLayout, path: str, first_row: int) -> tuple[list[str], Int32]:
     if layout.sensor:
         return [layout.sensor], np.zeros(len(batch), np.int32)
     column = batch.column(layout.id_column)
@@ -162,7 +163,7 @@ def _sensors(batch: pa.RecordBatch, layout: FileLayout, path: Path, first_row: i
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy(zero_copy_only=False).astype(np.int32)
 
 
-def _numbers(batch: pa.RecordBatch, names: Sequence[str], path: Path, first_row: int) -> Float64:
+def _numbers(batch: pa.RecordBatch, names: Sequence[str], path: str, first_row: int) -> Float64:
     """(n, len(names)) float64."""
     values = np.empty((len(batch), len(names)))
     for k, name in enumerate(names):
@@ -185,7 +186,7 @@ def _inside(event_time_ms: Int64, from_ms: int | None, to_ms: int | None) -> Any
     return keep
 
 
-def _resolved(layout: FileLayout, columns: Sequence[FileColumn], path: Path) -> FileLayout:
+def _resolved(layout: FileLayout, columns: Sequence[FileColumn], path: str) -> FileLayout:
     """The layout with its value columns filled in, every name in it checked against the file."""
     if not layout.time_column:
         raise LayoutError(f"no time column was named (--time-column); {_list_columns(path, columns)}")
@@ -214,7 +215,7 @@ def _resolved(layout: FileLayout, columns: Sequence[FileColumn], path: Path) -> 
     return replace(layout, value_columns=chosen)
 
 
-def _require(path: Path, columns: Sequence[FileColumn], role: str, name: str) -> None:
+def _require(path: str, columns: Sequence[FileColumn], role: str, name: str) -> None:
     names = [column.name for column in columns]
     if names.count(name) == 1:
         return
@@ -225,19 +226,46 @@ def _require(path: Path, columns: Sequence[FileColumn], role: str, name: str) ->
     raise LayoutError(f"{role} column {name!r} is not in {path}; {hint}")
 
 
-def _list_columns(path: Path, columns: Iterable[FileColumn]) -> str:
+def _list_columns(path: str, columns: Iterable[FileColumn]) -> str:
     kinds = {True: "numbers", False: "text"}
     lines = [f"{c.name} ({kinds[c.is_numeric]}, such as {c.example or 'nothing'})" for c in columns]
     return f"{path} has the columns {', '.join(lines)}"
 
 
-def _open(path: Path, layout: FileLayout) -> _Csv | _Parquet:
+def _name(source: Path | pd.DataFrame) -> str:
+    return "the DataFrame" if isinstance(source, pd.DataFrame) else str(source)
+
+
+def _open(path: Path | pd.DataFrame, layout: FileLayout) -> _Csv | _Parquet | _Frame:
+    if isinstance(path, pd.DataFrame):
+        return _Frame(path)
     try:
         with path.open("rb") as file:
             is_parquet = file.read(4) == b"PAR1"
         return _Parquet(path) if is_parquet else _Csv(path, layout)
     except OSError as error:
         raise FileError(f"cannot read {path}: {error.strerror or error}; expected a CSV or Parquet file") from None
+
+
+class _Frame:
+    def __init__(self, frame: pd.DataFrame) -> None:
+        try:
+            self._table = pa.Table.from_pandas(frame, preserve_index=False)
+        except (pa.ArrowException, TypeError) as error:
+            raise FileError(f"the DataFrame holds a column that is neither times, texts nor numbers: {error}") from None
+
+    def columns(self) -> list[FileColumn]:
+        return [
+            FileColumn(name, _is_numeric(column.type), _example(column))
+            for name, column in zip(self._table.column_names, self._table.columns)
+        ]
+
+    def batches(self, layout: FileLayout) -> Iterator[tuple[pa.RecordBatch, float]]:
+        rows = max(1, READINGS_AT_ONCE // (len(layout.value_columns) if layout.is_wide else 1))
+        total, seen = max(len(self._table), 1), 0
+        for batch in self._table.select(_needed(layout)).to_batches(rows):
+            seen += len(batch)
+            yield batch, seen / total
 
 
 class _Parquet:
@@ -254,7 +282,7 @@ class _Parquet:
         return [
             FileColumn(
                 field.name,
-                pa.types.is_integer(field.type) or pa.types.is_floating(field.type) or pa.types.is_decimal(field.type),
+                _is_numeric(field.type),
                 _example(head.column(i)) if head is not None else "",
             )
             for i, field in enumerate(schema)
@@ -345,6 +373,10 @@ class _Csv:
         if "UTF8" in text or "codec" in text:
             text += "; name the file's encoding (--encoding latin-1)"
         return FileError(f"{self.path}: {text}")
+
+
+def _is_numeric(kind: Any) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
 def _needed(layout: FileLayout) -> list[str]:

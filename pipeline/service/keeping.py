@@ -63,6 +63,21 @@ class Memory:
         self.tables.append(table)
 
 
+def require_free(out: Path) -> None:
+    """Raises DeploymentError where the folder holds a finished backtest."""
+    if (out / FORECASTS_FILE).exists():
+        raise DeploymentError(f"{out} holds a finished backtest; name another folder (--out), or add --overwrite")
+
+
+def planned(out: Path) -> Mapping[str, Any] | None:
+    """The plan of the unfinished backtest in a folder, if there is one."""
+    path = out / UNFINISHED / PLAN_FILE
+    if not path.exists():
+        return None
+    plan: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return plan
+
+
 class Folder:
     """The folder of one backtest. Making one raises DeploymentError where the folder holds another, or a finished one, unless
     `overwrite` says that it may go."""
@@ -76,8 +91,7 @@ class Folder:
         if overwrite:
             shutil.rmtree(self._own, ignore_errors=True)
             (out / FORECASTS_FILE).unlink(missing_ok=True)
-        if (out / FORECASTS_FILE).exists():
-            raise DeploymentError(f"{out} holds a finished backtest; name another folder (--out), or add --overwrite")
+        require_free(out)
         self._require(plan)
         self.saved = self._load()
         self._parts = int(self.saved.facts["parts"]) if self.saved else 0
@@ -149,9 +163,8 @@ class Folder:
 
     def _require(self, plan: Mapping[str, Any]) -> None:
         """The plan in the folder is this one; it is put there where there is none."""
-        path = self._own / PLAN_FILE
-        if path.exists():
-            before = json.loads(path.read_text(encoding="utf-8"))
+        before = planned(self.out)
+        if before is not None:
             now = json.loads(json.dumps(plan))
             different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
             if different:
@@ -163,7 +176,7 @@ class Folder:
             return
         try:
             self._own.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+            (self._own / PLAN_FILE).write_text(json.dumps(plan, indent=2), encoding="utf-8")
         except OSError as error:
             raise DeploymentError(
                 f"cannot write to {self.out}: {error.strerror or error}; name another folder with --out"

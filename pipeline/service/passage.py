@@ -1,4 +1,4 @@
-"""Backtests: what the service would have said, from the log or a file, by the service's own code.
+"""One passage through a log or a file: what the service would have said, by the service's own code.
 
     Input ──readings, up to a boundary──> ForecastTask ──> Matching ──> Keeper (forecasts.parquet, a DataFrame)
                                               │  └─ scores ──> ErrorOverTime
@@ -6,9 +6,6 @@
         └── who answers from here on ──> ForecastTask.swap
 
 Event time alone drives it: nothing waits, nothing asks a clock for anything but progress bars and checkpoints.
-
-    from pipeline.service.backtest import backtest
-    frame = backtest(df, train_until="2017-07-01", horizon=24)
 """
 
 from __future__ import annotations
@@ -27,8 +24,7 @@ from models.forecaster import Model
 from pipeline.service.assembly import task_settings
 from pipeline.service.inputs import Input
 from pipeline.service.keeping import CODED, Folder, Keeper
-from pipeline.service.matching import FrameShape, Kept, Matching
-from pipeline.service.statistical import Statistical
+from pipeline.service.matching import Matching
 from pipeline.service.timeline import Change, Timeline
 from pipeline.settings import Settings
 from pipeline.stream.columns import Counts, Float64, Int64, Readings
@@ -79,8 +75,8 @@ class ErrorOverTime:
 
 
 @dataclass(slots=True)
-class Clocked:
-    """How far a backtest has come."""
+class Progress:
+    """How far a passage has come."""
 
     share_read: float
     event_ms: int | None
@@ -89,7 +85,7 @@ class Clocked:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a backtest found, beside the forecasts themselves."""
+    """What a passage found, beside the forecasts themselves."""
 
     matching: Matching
     over_time: ErrorOverTime
@@ -103,7 +99,7 @@ class Outcome:
     """That it took, all sittings together."""
 
 
-class Backtest:
+class Passage:
     """One run. folder: where it can be gone on with; else `keeper` takes what comes."""
 
     def __init__(
@@ -113,7 +109,7 @@ class Backtest:
         timeline: Timeline,
         matching: Matching,
         keeper: Keeper,
-        on_progress: Callable[[Clocked], None] = lambda at: None,
+        on_progress: Callable[[Progress], None] = lambda at: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.core = task_settings(settings)
@@ -188,7 +184,7 @@ class Backtest:
             self._save()
 
     def _tell(self) -> None:
-        self._on_progress(Clocked(self.input.share_read, self._last_ms, self.matching.forecasts))
+        self._on_progress(Progress(self.input.share_read, self._last_ms, self.matching.forecasts))
         if self._clock() - self._saved_at > CHECKPOINT_SECONDS:
             self._save()
 
@@ -260,28 +256,6 @@ class Backtest:
 def baselines_of(core: TaskSettings) -> tuple[Baseline, ...]:
     """Those that stand beside; the last is what MASE divides by."""
     return (LastValue, SeasonalNaive) if core.spec.seasons else (LastValue,)
-
-
-def matching_for(
-    core: TaskSettings, timeline: Timeline, kept: Kept, beside: Sequence[str] = (), history_steps: int = 0
-) -> Matching:
-    """With room for whatever the timeline's models may say. beside: names in statsforecast; history_steps: that they see of a
-    sensor, 0: ten seasons, or ten horizons."""
-    specs = [core.spec, *timeline.specs]
-    season = core.spec.seasons[0] if core.spec.seasons else 1
-    shape = FrameShape(
-        targets=core.spec.target_names,
-        horizon=max(spec.horizon for spec in specs),
-        levels=tuple(sorted({level for spec in specs for level in spec.quantiles})),
-        beside=tuple(kind.name for kind in baselines_of(core)),
-        season=season,
-        outside=tuple(beside),
-    )
-    outside = None
-    if beside:
-        steps = history_steps or 10 * max(season, shape.horizon)
-        outside = Statistical(beside, season, shape.horizon, shape.levels, steps)
-    return Matching(core.rule, shape, kept, outside)
 
 
 def frame_of(tables: Sequence[pa.Table], schema: pa.Schema) -> pd.DataFrame:

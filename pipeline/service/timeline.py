@@ -141,9 +141,11 @@ class Timeline:
 class Given(Timeline):
     """The same model all the time; None: the baseline."""
 
-    def __init__(self, shelf: Shelf, model: Model | None) -> None:
+    def __init__(self, shelf: Shelf, model: Model | None, learned_to_ms: int | None = None) -> None:
+        """learned_to_ms: event time up to which the model has seen the data, None: not known."""
         super().__init__(shelf)
         self._model = shelf.put(model) if model else None
+        self.learned_to_ms = learned_to_ms
 
     @property
     def specs(self) -> Sequence[SeriesSpec]:

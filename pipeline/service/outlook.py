@@ -1,0 +1,135 @@
+"""What can be told from a file alone: fields, step, season, and whether its rows stand in the order of time.
+
+file ──look──> FileFacts ──assumed──> settings that nobody has set
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+
+from models.forecaster import SeriesSpec
+from models.seasonality import SeasonFound, estimate_seasons, estimate_step, regular
+from pipeline.errors import DeploymentError
+from pipeline.service.files import READINGS_AT_ONCE, FileBatch
+from pipeline.settings import Settings, format_duration
+from pipeline.stream.columns import Float64, Int32, Int64
+
+LOOKED_AT: Final = 2_000_000
+"""Readings from which step and season are estimated: the first so many."""
+SERIES_LOOKED_AT: Final = 12
+BEHIND_SHARE: Final = 0.1
+"""Of the readings further behind the newest before them than a window and its grace: with more, a file is in another order than that of
+time, such as sensor after sensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileFacts:
+    """What was found in a file."""
+
+    fields: tuple[str, ...]
+    sensors: int
+    readings: int
+    first_ms: int
+    """Smallest and greatest event time."""
+    last_ms: int
+    step_ms: int
+    seasons: tuple[SeasonFound, ...]
+    behind: Int64
+    """(64) how many readings are [2^(i-1), 2^i) ms behind the newest before them; 0: in order."""
+
+    def in_order(self, patience_ms: int) -> bool:
+        """Few readings are further behind than this."""
+        late = self.behind[int(patience_ms).bit_length() + 1 :].sum()
+        return bool(late <= BEHIND_SHARE * self.readings)
+
+    def __str__(self) -> str:
+        season = ", ".join(
+            f"{format_duration(found.steps * self.step_ms)} ({found.steps} steps, strength {found.strength:.2f})"
+            for found in self.seasons
+        )
+        return (
+            f"{self.readings:,} readings of {self.sensors:,} sensors, a step of {format_duration(self.step_ms)}, "
+            f"{'season ' + season if season else 'no season'}"
+        )
+
+
+def look(batches: Iterable[FileBatch]) -> FileFacts:
+    """Once through the file. Raises DeploymentError where there is nothing to tell a step from."""
+    numbers: dict[str, int] = {}
+    sampled: list[tuple[Int32, Int64, Float64]] = []
+    behind = np.zeros(65, np.int64)
+    fields: tuple[str, ...] = ()
+    readings, first_ms, newest_ms = 0, 2**62, -(2**62)
+    for batch in batches:
+        fields = batch.field_names
+        own = np.array([numbers.setdefault(name, len(numbers)) for name in batch.sensors], np.int32)
+        newest = np.maximum(np.maximum.accumulate(batch.event_time_ms), newest_ms)
+        behind += np.bincount(_bits(newest - batch.event_time_ms), minlength=65)
+        newest_ms, first_ms = int(newest[-1]), min(first_ms, int(batch.event_time_ms.min()))
+        if readings < LOOKED_AT:
+            sampled.append((own[batch.codes], batch.event_time_ms, batch.values))
+        readings += len(batch)
+    if not readings:
+        raise DeploymentError("the file holds no readings in this range; widen --from and --to")
+    times, values = _by_series(sampled)
+    try:
+        step_ms = estimate_step(times)
+    except ValueError as error:
+        raise DeploymentError(f"the step cannot be told from the file: {error}; set windows.size") from None
+    seasons = estimate_seasons(regular(times, values, step_ms), step_ms)
+    return FileFacts(fields, len(numbers), readings, first_ms, newest_ms, step_ms, tuple(seasons), behind[:64])
+
+
+def assumed(settings: Settings, facts: FileFacts, spec: SeriesSpec | None = None) -> dict[str, Any]:
+    """Values for the keys that were left at their defaults: what the file looks like or, where a model is to serve, what it was
+    made for."""
+    found: dict[str, Any] = {"readings.fields": list(facts.fields)}
+    if settings.source_of("windows.size") == "default":
+        found["windows.size"] = format_duration(facts.step_ms)
+        found["forecast.season"] = [format_duration(season.steps * facts.step_ms) for season in facts.seasons]
+    if spec is not None:
+        found["windows.size"] = format_duration(spec.step_ms)
+        found["forecast.season"] = [format_duration(steps * spec.step_ms) for steps in spec.seasons]
+        found["forecast.horizon"], found["forecast.quantiles"] = spec.horizon, list(spec.quantiles)
+    if "windows.hop" in settings.sources:
+        found.pop("windows.size", None)
+    return {key: value for key, value in found.items() if settings.source_of(key) == "default"}
+
+
+def in_time_order(batches: Iterable[FileBatch]) -> Iterator[FileBatch]:
+    """All readings by event time; those of one time stay in the file's order. Holds the whole file in memory."""
+    numbers: dict[str, int] = {}
+    whole = list(batches)
+    if not whole:
+        return
+    codes = [
+        np.array([numbers.setdefault(name, len(numbers)) for name in batch.sensors], np.int32)[batch.codes]
+        for batch in whole
+    ]
+    times, values = np.concatenate([b.event_time_ms for b in whole]), np.concatenate([b.values for b in whole])
+    code, names, fields = np.concatenate(codes), list(numbers), whole[0].field_names
+    whole.clear()
+    order = np.argsort(times, kind="stable")
+    for at in range(0, len(order), READINGS_AT_ONCE):
+        rows = order[at : at + READINGS_AT_ONCE]
+        share = min((at + READINGS_AT_ONCE) / len(order), 1.0)
+        yield FileBatch(names, code[rows], times[rows], values[rows], fields, share)
+
+
+def _bits(numbers: Int64) -> Int64:
+    """Length of each in binary: 0 for 0."""
+    return np.where(numbers > 0, np.frexp(numbers.astype(np.float64))[1], 0).astype(np.int64)
+
+
+def _by_series(sampled: list[tuple[Int32, Int64, Float64]]) -> tuple[list[Int64], list[Float64]]:
+    """Times and values of some sensors' fields, evenly from all."""
+    code, times, values = (np.concatenate(parts) for parts in zip(*sampled))
+    present = np.unique(code)
+    sensors = present[np.unique(np.linspace(0, len(present) - 1, min(len(present), SERIES_LOOKED_AT)).astype(int))]
+    fields = range(min(values.shape[1], max(1, SERIES_LOOKED_AT // len(sensors))))
+    rows = [np.flatnonzero(code == sensor) for sensor in sensors.tolist()]
+    return [times[at] for at in rows for _ in fields], [values[at, field] for at in rows for field in fields]
