@@ -445,7 +445,13 @@ class RetrainingSettings(Section, frozen=True):
             extra={"positive": True},
         ),
     ] = field(name="probation", default=None)
-    keep_versions: Annotated[int, Meta(description="Versions kept on the models topic.", ge=2)] = 5
+    keep_versions: Annotated[
+        int,
+        Meta(
+            description="Versions kept on the models topic: a backtest can repeat what was said live as far back as they go.",
+            ge=2,
+        ),
+    ] = 60
     threads: Annotated[int, Meta(description="Threads that training may use; 0: as many as there are cores.", ge=0)] = 1
 
 

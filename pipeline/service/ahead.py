@@ -56,7 +56,7 @@ def look_ahead(
         if model:
             timeline = Given(shelf, model_of(model, data.core.spec, None)[0])
         else:
-            timeline = Fresh(shelf, data.settings, data.core, end_ms, watcher.training)
+            timeline = Fresh(shelf, data.settings, data.core, end_ms, watcher.training, at_end=True)
         try:
             frame = _passed(data, timeline, watcher)
         except DeploymentError as error:

@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -380,14 +381,21 @@ def _timeline(
             raise DeploymentError(
                 f'topic "{registry.topic}" has no record of a model that answered, so there is no live run to repeat; {NO_MODEL}'
             )
-        reader = registry
-        return Recorded(
-            shelf, reader.view.swaps, starts or {}, lambda version: load_version(reader, version, core.spec)
-        )
+        fetch = partial(_recorded_model, registry, core.spec, settings.retraining.keep_versions)
+        return Recorded(shelf, registry.view.swaps, starts or {}, fetch)
     if not question.model:
         raise SettingsError(NO_MODEL)
     model, manifest = model_of(question.model, core.spec, registry)
     return Given(shelf, model, (manifest.get("data") or {}).get("to_ms"))
+
+
+def _recorded_model(registry: RegistryReader, spec: SeriesSpec, keep_versions: int, version: str) -> Model:
+    if version not in registry.view.versions:
+        raise DeploymentError(
+            f'{version} answered in this range, and topic "{registry.topic}" has it no more (retraining.keep_versions = {keep_versions}); '
+            f"begin later (--from), or name a model (--model); to look back further from now on, keep more versions"
+        )
+    return load_version(registry, version, spec)
 
 
 def model_of(name: str, spec: SeriesSpec, registry: RegistryReader | None) -> tuple[Model, Mapping[str, Any]]:

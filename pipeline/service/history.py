@@ -203,7 +203,7 @@ def from_topic(
 
 
 def from_batches(settings: TaskSettings, batches: Iterable[FileBatch]) -> History:
-    """The same from files: one partition, in the order of the rows."""
+    """The same from files: one partition, in the order of the rows; the last windows close with the file's end."""
     history = History(settings)
     task = StepTask(settings)
     offset = 0
@@ -214,4 +214,5 @@ def from_batches(settings: TaskSettings, batches: Iterable[FileBatch]) -> Histor
         history.readings += len(readings)
         history.rejected += len(late)
         history.add(task, steps)
+    history.add(task, task.close(offset))
     return history

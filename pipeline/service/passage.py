@@ -176,7 +176,7 @@ class Passage:
 
     def _arrive(self, boundary_ms: int) -> None:
         changes = len(self.timeline.changes)
-        model = self.timeline.arrive(boundary_ms)
+        model = self.timeline.arrive(boundary_ms, self.input.next_ms() is not None)
         if model is not None:
             for task in self._tasks.values():
                 task.swap(model)

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from models.measures import MEASURES
-from pipeline.service.passage import Outcome
 from pipeline.service.matching import SERVICE, Matching, level_column
+from pipeline.service.passage import Outcome
 from pipeline.service.picture import Fan
 from pipeline.service.report import Mark, OverTime, Report, SensorFans, write_report
 from pipeline.service.timeline import Change

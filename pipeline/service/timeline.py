@@ -126,8 +126,8 @@ class Timeline:
     def observe(self, task: ForecastTask, output: TaskOutput) -> None:
         """What a call of a task made."""
 
-    def arrive(self, boundary_ms: int) -> Model | None:
-        """All readings before the boundary have been taken in. Who answers from here on, None: nobody new."""
+    def arrive(self, boundary_ms: int, more: bool) -> Model | None:
+        """All readings before the boundary have been taken in; more: there are others. Who answers from here on, None: nobody new."""
         return None
 
     def finish(self) -> None:
@@ -156,10 +156,19 @@ class Given(Timeline):
 
 
 class Fresh(Timeline):
-    """Trained once, on what came before `until_ms`."""
+    """Trained once, on what came before `until_ms`. at_end: there need be nothing after it but the windows that the end closes."""
 
-    def __init__(self, shelf: Shelf, settings: Settings, core: TaskSettings, until_ms: int, tell: Tell | None) -> None:
+    def __init__(
+        self,
+        shelf: Shelf,
+        settings: Settings,
+        core: TaskSettings,
+        until_ms: int,
+        tell: Tell | None,
+        at_end: bool = False,
+    ) -> None:
         super().__init__(shelf)
+        self._at_end = at_end
         self._settings, self._core, self._until_ms, self._tell = settings, core, until_ms, tell
         self._history: History | None = History(core, settings.retraining.max_steps)
         self.beats_baselines = True
@@ -176,7 +185,9 @@ class Fresh(Timeline):
             self._history.add(task, output.steps)
             self._history.readings += output.counts.readings
 
-    def arrive(self, boundary_ms: int) -> Model | None:
+    def arrive(self, boundary_ms: int, more: bool) -> Model | None:
+        if not (more or self._at_end):
+            return None
         history, self._history = self._history, None
         if history is None:
             return None
@@ -235,7 +246,7 @@ class Scheduled(Timeline):
             self.journal.append(value or b"")
             self._learner.observe(decode_score(value or b""))
 
-    def arrive(self, boundary_ms: int) -> Model | None:
+    def arrive(self, boundary_ms: int, more: bool) -> Model | None:
         found = self._learner.disappointment()
         if found is not None:
             return self._roll_back(found)

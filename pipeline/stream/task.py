@@ -85,6 +85,17 @@ class StepTask:
         self.table.touch(steps.slot, WINDOWS, STEPS)
         return steps, late
 
+    def close(self, next_offset: int) -> Steps:
+        """No reading will come any more, as at the end of a file: the steps of the open windows, the newest one with them."""
+        newest = self.windows.newest_open(self.table)
+        if newest == NEVER:
+            return self.advance(Readings.none(len(self.settings.format.fields)))[0]
+        closes_at_ms = int(self.settings.rule.closes_at_ms(np.array(newest, np.int64)))
+        steps = self.windows.close_at(closes_at_ms, self.table)
+        steps.offset[:] = next_offset
+        self.table.touch(np.arange(len(self.table), dtype=np.int32), WINDOWS, STEPS)
+        return steps
+
     def _late(self, readings: Readings, row: int) -> Rejected:
         rule = self.settings.rule
         time = int(readings.event_time_ms[row])
@@ -150,15 +161,8 @@ class ForecastTask(StepTask):
         return self._output(topic, partition, steps, next_offset, counts)
 
     def finish(self, topic: str, partition: int, next_offset: int) -> TaskOutput:
-        """No reading will come any more, as at the end of a file: the open windows close, the newest one with them."""
-        newest = self.windows.newest_open(self.table)
-        if newest == NEVER:
-            steps, _ = self.advance(Readings.none(len(self.settings.format.fields)))
-        else:
-            closes_at_ms = int(self.settings.rule.closes_at_ms(np.array(newest, np.int64)))
-            steps = self.windows.close_at(closes_at_ms, self.table)
-            steps.offset[:] = next_offset
-            self.table.touch(np.arange(len(self.table), dtype=np.int32), WINDOWS, STEPS)
+        """What `close` brings, answered."""
+        steps = self.close(next_offset)
         return self._output(topic, partition, steps, next_offset, Counts())
 
     def _output(

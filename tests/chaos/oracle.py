@@ -8,6 +8,7 @@ another model took over, there it takes over here as well. Against what it says 
     every committed score        one for each (partition, window), the same sums
     every checkpoint             at the end of the log, the same sensors, the same rows
     every swap record            at no smaller offset than the one before, and of another model
+    every forecast of a backtest one for each that was committed, and the same numbers (`tests.chaos.parity`)
 
 Log, swap records and all else are read with kafka-python's own consumer, models from the folders that they were imported from; nothing of
 Millrace's adapters stands between the topics and the verdict, but for reading the checkpoints.
@@ -203,13 +204,15 @@ class Verdict:
     state: StateFindings
     scores: Findings = field(default_factory=lambda: Findings(tolerance=SCORE_TOLERANCE))
     swaps: SwapFindings = field(default_factory=SwapFindings)
+    backtest: Findings = field(default_factory=Findings)
+    """expected: what a backtest of the same log says; seen: what was committed."""
     provisional: int = 0
     committed: tuple[Appended, ...] = ()
     """Of the forecasts, by partition, in the order of the topic."""
 
     @property
     def ok(self) -> bool:
-        return self.state.ok and self.swaps.ok and all(found.ok for found in self._records)
+        return self.state.ok and self.swaps.ok and self.backtest.ok and all(found.ok for found in self._records)
 
     @property
     def lost(self) -> int:
@@ -232,7 +235,13 @@ class Verdict:
 
     @property
     def details(self) -> list[str]:
-        kinds = (("", self.forecasts), ("", self.letters), ("score ", self.scores), ("", self.swaps))
+        kinds = (
+            ("", self.forecasts),
+            ("", self.letters),
+            ("score ", self.scores),
+            ("", self.swaps),
+            ("backtest: ", self.backtest),
+        )
         return [kind + example for kind, found in kinds for example in found.examples] + self.state.problems
 
     @property
@@ -245,10 +254,12 @@ class Verdict:
         return (
             f"{'as undisturbed' if self.ok else 'NOT as undisturbed'}: {self.readings:,} readings, "
             f"{forecasts.seen:,} of {forecasts.expected:,} forecasts, {letters.seen:,} of {letters.expected:,} dead letters, "
-            f"{scores.seen:,} of {scores.expected:,} scores, {self.swaps.seen:,} swap records; "
+            f"{scores.seen:,} of {scores.expected:,} scores, {self.swaps.seen:,} swap records, "
+            f"{self.backtest.expected:,} forecasts of a backtest; "
             f"lost {self.lost}, repeated {self.repeated}, unexpected {sum(found.unexpected for found in self._records)}, "
             f"wrong {wrong}, taken over twice {self.swaps.again}; "
             f"largest difference: forecasts {forecasts.largest_difference:.1e}, scores {scores.largest_difference:.1e}, "
+            f"backtest {self.backtest.largest_difference:.1e}, "
             f"hidden state {state.largest_hidden_difference:.1e}, all state {state.largest_difference:.1e}"
         )
 
@@ -256,6 +267,8 @@ class Verdict:
 def judge(settings: Settings, models: Mapping[str, Model]) -> Verdict:
     """Reads the topics to their ends and compares. Everything must be quiet: workers and producers have stopped. models: by version,
     every one that may have taken over."""
+    from tests.chaos.parity import compare_backtest
+
     topics = settings.topics
     cluster = RunningBroker(settings.kafka.bootstrap_servers, "cluster")
 
@@ -277,6 +290,7 @@ def judge(settings: Settings, models: Mapping[str, Model]) -> Verdict:
         state=_compare_checkpoints(settings, expected.tasks, expected.ends),
         scores=compare_scores(expected.scores, [score_of(r) for r in committed(topics.scores_topic)]),
         swaps=check_takeovers(takeovers),
+        backtest=compare_backtest(settings, lasting),
         provisional=len(forecasts) - len(lasting),
         committed=tuple(Appended(r.partition, r.timestamp) for r in said),
     )
@@ -284,7 +298,7 @@ def judge(settings: Settings, models: Mapping[str, Model]) -> Verdict:
 
 def compare_forecasts(expected: Sequence[Forecast], seen: Sequence[Forecast]) -> Findings:
     """seen: by partition, in the order of the topic."""
-    findings = _compare_keys([f.key for f in expected], [f.key for f in seen])
+    findings = compare_keys([f.key for f in expected], [f.key for f in seen])
     first_seen = _first_of_each(seen)
     pairs = [(forecast, first_seen[forecast.key]) for forecast in expected if forecast.key in first_seen]
     findings.wrong = findings.note(
@@ -305,7 +319,7 @@ def compare_forecasts(expected: Sequence[Forecast], seen: Sequence[Forecast]) ->
 
 def compare_letters(expected: Sequence[Letter], seen: Sequence[Letter]) -> Findings:
     """seen: by partition, in the order of the topic."""
-    findings = _compare_keys([letter.key for letter in expected], [letter.key for letter in seen])
+    findings = compare_keys([letter.key for letter in expected], [letter.key for letter in seen])
     first_seen = _first_of_each(seen)
     findings.wrong = findings.note(
         "wrong letter", (letter.key for letter in expected if first_seen.get(letter.key, letter) != letter)
@@ -315,7 +329,7 @@ def compare_letters(expected: Sequence[Letter], seen: Sequence[Letter]) -> Findi
 
 def compare_scores(expected: Sequence[Score], seen: Sequence[Score]) -> Findings:
     """seen: by partition, in the order of the topic."""
-    findings = _compare_keys([score.key for score in expected], [score.key for score in seen])
+    findings = compare_keys([score.key for score in expected], [score.key for score in seen])
     findings.tolerance = SCORE_TOLERANCE
     right = {score.key: score for score in expected}
     pairs = [(right[score.key], score) for score in seen if score.key in right]
@@ -529,7 +543,7 @@ def _score_difference(expected: NDArray[np.float64], found: NDArray[np.float64])
     return largest_difference(ours, found)
 
 
-def _compare_keys(expected: Sequence[Hashable], seen: Sequence[Hashable]) -> Findings:
+def compare_keys(expected: Sequence[Hashable], seen: Sequence[Hashable]) -> Findings:
     findings = Findings(expected=len(expected), seen=len(seen))
     wanted, times = set(expected), Counter(seen)
     findings.lost = findings.note("lost", (key for key in expected if key not in times))

@@ -126,6 +126,8 @@ class ChaosReport:
             yield "sensors in checkpoints", f"{state.sensors} in {state.partitions} partitions"
             yield "lost", str(verdict.lost)
             yield "repeated", str(verdict.repeated)
+            yield "forecasts of a backtest", f"{verdict.backtest.expected:,} for {verdict.backtest.seen:,} committed"
+            yield "largest difference, backtest", f"{verdict.backtest.largest_difference:.1e}"
             yield "largest difference, forecasts", f"{forecasts.largest_difference:.1e}"
             yield "largest difference, scores", f"{scores.largest_difference:.1e}"
             yield "largest difference, hidden state", f"{state.largest_hidden_difference:.1e}"

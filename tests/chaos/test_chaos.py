@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from pipeline.settings import load
@@ -36,6 +37,7 @@ from tests.chaos.oracle import (
     compare_scores,
     compare_state,
 )
+from tests.chaos.parity import compare_frame
 from tests.chaos.plan import ChaosPlan, ChaosReport
 from tests.chaos.swaps import pauses
 from tests.chaos.worker import (
@@ -518,6 +520,54 @@ def test_the_load_has_broken_late_and_missing_readings_in_it() -> None:
         assert 0.005 < count / total < 0.02
 
 
+# -- what a backtest is held against
+
+
+def long_frame(forecasts: Sequence[Forecast]) -> pd.DataFrame:
+    rows = [
+        {
+            "unique_id": one.sensor,
+            "cutoff": pd.Timestamp(one.issued_at_ms - MINUTE, unit="ms"),
+            "lead": lead + 1,
+            "status": one.status,
+            "model_version": one.model,
+            "Millrace": one.numbers[0, 0, lead],
+        }
+        | {f"Millrace-q{level:g}": one.numbers[0, 1 + q, lead] for q, level in enumerate(LEVELS)}
+        for one in forecasts
+        for lead in range(one.numbers.shape[2])
+    ]
+    return pd.DataFrame(rows)
+
+
+LEVELS = (0.1, 0.5, 0.9)
+
+
+def test_a_backtest_that_says_the_same_is_no_finding() -> None:
+    found = compare_frame(long_frame(STREAM), LEVELS, MINUTE, STREAM)
+    assert found.ok
+    assert (found.expected, found.seen) == (10, 10)
+
+
+def test_a_backtest_that_leaves_one_out_or_says_one_more_is_found() -> None:
+    assert compare_frame(long_frame(STREAM[1:]), LEVELS, MINUTE, STREAM).unexpected == 1
+    assert compare_frame(long_frame(STREAM), LEVELS, MINUTE, STREAM[1:]).lost == 1
+
+
+@pytest.mark.parametrize("changed", [{"status": "stale"}, {"model": "another"}], ids=lambda c: next(iter(c)))
+def test_a_backtest_with_another_provenance_is_found(changed: dict[str, object]) -> None:
+    other = [*STREAM[:-1], replace(STREAM[-1], **changed)]  # type: ignore[arg-type]
+    assert compare_frame(long_frame(other), LEVELS, MINUTE, STREAM).wrong == 1
+
+
+def test_a_backtest_that_is_off_in_one_number_is_found() -> None:
+    frame = long_frame(STREAM)
+    frame.loc[3, "Millrace-q0.9"] += 0.01
+    found = compare_frame(frame, LEVELS, MINUTE, STREAM)
+    assert not found.ok
+    assert found.largest_difference == pytest.approx(0.0005)
+
+
 # -- on a real broker
 
 
@@ -539,13 +589,28 @@ def run(model: Path, variants: tuple[Path, ...], tmp_path: Path) -> Callable[[Ch
     return lambda plan: harness.run(replace(plan, model=model, variants=variants, out=tmp_path / "chaos"), print)
 
 
+@pytest.fixture(scope="module")
+def report(model: Path, variants: tuple[Path, ...], tmp_path_factory: pytest.TempPathFactory) -> ChaosReport:
+    out = tmp_path_factory.mktemp("short") / "chaos"
+    return harness.run(replace(SHORT, model=model, variants=variants, out=out), print)
+
+
 @pytest.mark.broker
 @pytest.mark.keras
-def test_killed_and_moved_workers_leave_what_an_undisturbed_one_would_have(
-    run: Callable[[ChaosPlan], ChaosReport],
-) -> None:
-    report = run(SHORT)
+def test_killed_and_moved_workers_leave_what_an_undisturbed_one_would_have(report: ChaosReport) -> None:
     assert report.ok, str(report)
+
+
+@pytest.mark.broker
+@pytest.mark.keras
+def test_a_backtest_repeats_what_was_said_live_through_kills_rebalances_and_swaps(report: ChaosReport) -> None:
+    assert report.verdict is not None
+    found = report.verdict.backtest
+    assert found.ok, str(report)
+    assert found.expected == found.seen == report.verdict.forecasts.expected > 1_000
+    assert found.largest_difference <= TOLERANCE
+    assert report.kills.total() >= SHORT.kills
+    assert report.verdict.swaps.seen > report.verdict.state.partitions  # first models and later ones
 
 
 @pytest.mark.broker
