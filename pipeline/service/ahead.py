@@ -92,7 +92,7 @@ def write_frame(path: Path, frame: pd.DataFrame) -> None:
 def draw_ahead(path: Path, ahead: Ahead, title: str) -> Path:
     """A PNG: the newest past and the forecast of the first few series."""
     core, names = ahead.data.core, ahead.frame["unique_id"].unique()[:PICTURED]
-    history = from_batches(core, ahead.data.read(None))
+    history = from_batches(core, ahead.data.read(None), closing=True)
     whole = history.sequences()
     horizon_ms, several = core.spec.horizon * core.spec.step_ms, len(core.spec.targets) > 1
     panels = []

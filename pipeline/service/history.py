@@ -202,8 +202,9 @@ def from_topic(
     return TopicHistory(settings, source, from_ms).read(to_ms, on_progress)
 
 
-def from_batches(settings: TaskSettings, batches: Iterable[FileBatch]) -> History:
-    """The same from files: one partition, in the order of the rows; the last windows close with the file's end."""
+def from_batches(settings: TaskSettings, batches: Iterable[FileBatch], closing: bool = False) -> History:
+    """The same from files: one partition, in the order of the rows. closing: the last windows close with the file's end; else they
+    stay open, as they do at the end of a topic."""
     history = History(settings)
     task = StepTask(settings)
     offset = 0
@@ -214,5 +215,6 @@ def from_batches(settings: TaskSettings, batches: Iterable[FileBatch]) -> Histor
         history.readings += len(readings)
         history.rejected += len(late)
         history.add(task, steps)
-    history.add(task, task.close(offset))
+    if closing:
+        history.add(task, task.close(offset))
     return history

@@ -336,6 +336,30 @@ def test_a_question_that_contradicts_itself_is_refused(question: Callable[[], Qu
         question()
 
 
+def test_a_trained_model_is_warmed_up_before_the_start_and_one_that_learns_is_not(settings: Settings) -> None:
+    core, start = task_settings(settings), START + 10_000 * HOUR
+    assert Question(model="m", start=start).reads_from_ms(core) == start - 4_000 * HOUR
+    assert Question(model="m", start=start, lead_in_ms=HOUR).reads_from_ms(core) == start - HOUR
+    assert Question(model="m", start=start, lead_in_ms=2**60).reads_from_ms(core) == 0
+    assert Question(retrain_every="1d", start=start).reads_from_ms(core) == start
+    assert Question(model="m").reads_from_ms(core) is None
+    assert Question(train_until_ms=start + HOUR, start=start).kept_from_ms == start + HOUR
+
+
+@pytest.mark.keras
+def test_a_start_leaves_out_what_was_said_before_it(settings: Settings, tmp_path: Path) -> None:
+    fitted = of(settings, readings(220, seed=5), Question(train_until_ms=START + 150 * HOUR, out=tmp_path / "fit"))
+    (change,) = fitted.outcome.changes
+    start = START + 180 * HOUR
+    asked = Question(model=str(tmp_path / "fit" / "models" / change.version), start=start)
+    answer = of(settings, readings(220, seed=5), asked)
+    assert answer.frame()["ds"].min() == pd.Timestamp(start, unit="ms")
+    assert answer.outcome.counts.readings == 3 * 220
+    assert answer.notes == []  # it has seen nothing after the start
+    (note,) = of(settings, readings(220, seed=5), Question(model=asked.model)).notes
+    assert "has learned from data up to" in note
+
+
 def test_without_a_word_about_the_model_it_says_what_can_be_said(settings: Settings) -> None:
     with pytest.raises(SettingsError, match=r"--model DIR or VERSION.*--train-until T.*--retrain-every 1d"):
         of(settings, readings(60), Question())
