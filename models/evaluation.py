@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from models.features import SeriesMemory
 from models.forecaster import Forecaster, SeriesSpec
+from models.measures import pinball_loss
 from models.sequences import Futures, Sequences, walk
 
 Float64 = NDArray[np.float64]
@@ -91,7 +92,7 @@ class _Totals:
         error = (truth - mean) / scale
         known = np.isfinite(error)
         shortfall = (truth[..., None] - quantiles) / scale[..., None]
-        loss = np.maximum(self.levels * shortfall, (self.levels - 1) * shortfall).mean(axis=-1)
+        loss = pinball_loss(shortfall, self.levels)
         inside = (truth >= quantiles[..., 0]) & (truth <= quantiles[..., -1])
         scores = {"pinball": loss, "mse": error**2, "mae": np.abs(error), "coverage": inside, "labels": known}
         for name, score in scores.items():

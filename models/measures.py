@@ -209,9 +209,8 @@ class InSample:
 _KEPT: Final = 5
 
 
-def pinball(truth: Float64, quantiles: NDArray[Any], levels: Float64) -> Float64:
-    """Mean over the levels. truth: (...); quantiles: (..., Q); levels: (Q) -> (...)."""
-    shortfall = truth[..., None] - quantiles
+def pinball_loss(shortfall: Float64, levels: Float64) -> Float64:
+    """Mean over the levels. shortfall: (..., Q) truth - quantile, in whatever unit; levels: (Q) -> (...)."""
     return np.asarray(np.maximum(levels * shortfall, (levels - 1) * shortfall).mean(axis=-1))
 
 
@@ -226,7 +225,7 @@ def _sums(truth: Float64, said: Said, known: NDArray[np.bool_], levels: Float64)
     out[..., SYMMETRIC] = symmetric
     if said.quantiles is not None:
         low, high = said.quantiles[..., 0].astype(np.float64), said.quantiles[..., -1].astype(np.float64)
-        out[..., BANDED], out[..., PINBALL] = 1.0, pinball(truth, said.quantiles, levels)
+        out[..., BANDED], out[..., PINBALL] = 1.0, pinball_loss(truth[..., None] - said.quantiles, levels)
         out[..., COVERED], out[..., WIDTH] = (truth >= low) & (truth <= high), high - low
     out[~known] = 0.0
     return out

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from models.baselines import LastValue, SeasonalNaive
 from models.features import SeriesMemory
 from models.forecaster import Forecaster, SeriesSpec
+from models.measures import pinball_loss
 from models.sequences import walk
 from pipeline.service.ledger import Account
 from pipeline.stream.columns import STATUSES, RecordColumns
@@ -184,7 +185,7 @@ def _score(name: str, truth: Float64, mean: Float64, quantiles: Float64, levels:
     labels = max(int(known.sum()), 1)
     error = np.where(known, np.abs(truth - mean), 0.0)
     short = truth[..., None] - quantiles
-    pinball = np.where(known, np.maximum(levels * short, (levels - 1) * short).mean(axis=-1), 0.0)
+    pinball = np.where(known, pinball_loss(short, levels), 0.0)
     inside = known & (truth >= quantiles[..., 0]) & (truth <= quantiles[..., -1])
     by_lead = error.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
     return Score(

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from models.features import Context
 from models.forecaster import Column, Prediction, Rows, SeriesSpec
+from models.measures import pinball_loss
 from pipeline.stream.columns import Bool, Float64, Int64, OutgoingRecords, Steps
 
 MODEL, BASELINE = 0, 1
@@ -153,7 +154,7 @@ class Scorer:
         if paired:
             known &= known[:, ::-1]
         shortfall = (truth[..., None] - said[..., 1:]) / unit[..., None]
-        pinball = np.maximum(self._levels * shortfall, (self._levels - 1) * shortfall).mean(axis=-1)
+        pinball = pinball_loss(shortfall, self._levels)
         covered = (truth >= said[..., 1]) & (truth <= said[..., -1])
         measures = (known, np.abs(error), error**2, pinball, covered)
         return np.stack([np.where(known, measure, 0.0).sum(axis=-1) for measure in measures], axis=2)
