@@ -17,7 +17,8 @@ from models.measures import MEASURES
 from pipeline.service.matching import SERVICE, Matching, level_column
 from pipeline.service.passage import Outcome
 from pipeline.service.picture import Fan
-from pipeline.service.report import Mark, OverTime, Report, SensorFans, write_report
+from pipeline.service.report import write_report
+from pipeline.service.report_figures import Mark, OverTime, Report, SensorFans
 from pipeline.service.timeline import Change
 from pipeline.settings import Settings, format_duration, to_toml
 

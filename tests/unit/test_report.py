@@ -16,7 +16,8 @@ import pandas as pd
 import pytest
 
 from pipeline.service.picture import THEME, Fan
-from pipeline.service.report import MEASURES, Mark, OverTime, Report, SensorFans, write_report
+from pipeline.service.report import write_report
+from pipeline.service.report_figures import MEASURES, Mark, OverTime, Report, SensorFans
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 START_MS = 1_704_067_200_000
