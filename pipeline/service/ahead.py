@@ -42,8 +42,8 @@ class Ahead:
 def look_ahead(
     settings: Settings, sources: Sequence[Path], layout: FileLayout, model: str, watcher: Watcher = SILENT
 ) -> Ahead:
-    """model: a folder that `millrace train` wrote; empty: one is trained on the file. A file that is too short for that is answered by
-    the baseline, and a note says so.
+    """model: a folder that `millrace train` wrote; empty: one is trained on the file. Where the file is too short for that, or the model
+    no better than the baselines on the part that was held back, the baseline answers, and a note says so.
 
     Raises DeploymentError and SettingsError, which say what was expected."""
     question = Question(model=model)
@@ -64,10 +64,12 @@ def look_ahead(
                 raise
             notes.append(f"no model was trained, the baseline answers: {error}")
             frame = _passed(data, Given(shelf, None), watcher)
-    if isinstance(timeline, Fresh) and not timeline.beats_baselines:
-        notes.append(
-            "on the newest part of the file, which it was not trained on, the model did not beat the baselines"
-        )
+        if isinstance(timeline, Fresh) and not timeline.beats_baselines:
+            notes.append(
+                "the baseline answers: on the newest part of the file, which it was not trained on, the model was no better "
+                "(millrace train and --model have it answer all the same)"
+            )
+            frame = _passed(data, Given(shelf, None), watcher)
     silent = data.facts.sensors * len(data.core.spec.targets) - frame["unique_id"].nunique()
     if silent:
         notes.append(f"{silent:,} series ended too long before the file's end to be forecast")
