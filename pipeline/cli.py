@@ -29,7 +29,7 @@ COMMANDS: Final = {
     "forecast": ("pipeline.commands.forecast:forecast", "The next steps after a file's end."),
     "models": (
         "pipeline.commands.models:models",
-        "Models on their topic: list, show, promote, rollback, export, import.",
+        "Versions: list, show, promote, rollback, export, import.",
     ),
     "trainer": ("pipeline.commands.trainer:trainer", "Learning while it runs: retraining, gate, rollback."),
     "retrain": ("pipeline.commands.trainer:retrain", "Ask the trainer to learn again now."),
