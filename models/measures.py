@@ -57,13 +57,15 @@ class ErrorSums:
 
     def add(self, series: Int64, truth: Float64, said: Sequence[Said], levels: Sequence[float]) -> None:
         """n forecasts. series: (n) number of the series; truth: (n, H') with H' <= H, NaN = not known; said: one a forecaster;
-        levels: of the quantiles in `said`. A label counts where the truth is known and every forecaster has said something."""
+        levels: of the quantiles in `said`. A label counts where the truth is known and every forecaster has said something finite."""
         if not len(series):
             return
         self._grow(int(series.max()) + 1)
         known = np.isfinite(truth)
         for one in said:
             known &= np.isfinite(one.mean)
+            if one.quantiles is not None:
+                known &= np.isfinite(one.quantiles).all(axis=-1)
         order = np.argsort(series, kind="stable")
         first = np.flatnonzero(np.diff(series[order], prepend=-1))
         own = series[order][first]
@@ -72,15 +74,15 @@ class ErrorSums:
             sums = _sums(truth, one, known, np.array(levels))
             self.sums[own, : truth.shape[1], f] += np.add.reduceat(sums[order], first, axis=0)
             if one.quantiles is not None:
-                below = (truth[..., None] <= one.quantiles) & known[..., None]
+                below = (_as_said(truth, one.quantiles)[..., None] <= one.quantiles) & known[..., None]
                 self.below[f, places] += below.sum(axis=(0, 1))
                 self.of_level[f, places] += known.sum()
 
     def figures(self, scale: Float64, deviation: Float64, series: int | None = None) -> Figures:
-        """scale, deviation: (S) what MASE and the scaled errors divide by, one a series; NaN = unknown: the series is left out of
-        them. series: of one only."""
-        known = min(len(self.sums), len(scale))
-        chosen = slice(0, known) if series is None else slice(series, series + 1)
+        """scale, deviation: (S) what MASE and the scaled errors divide by, one a series, those without a label too; NaN = unknown: the
+        series is left out of them. series: of one only."""
+        self._grow(len(scale))
+        chosen = slice(0, len(scale)) if series is None else slice(series, series + 1)
         return Figures(self.forecasters, self.sums[chosen], scale[chosen], deviation[chosen])
 
     @property
@@ -165,7 +167,7 @@ class InSample:
         what is evaluated."""
         if not len(series):
             return
-        self._grow(int(series.max()) + 1)
+        self.grow(int(series.max()) + 1)
         known = np.isfinite(truth)
         new = np.flatnonzero(known & np.isnan(self._origin[series]))
         self._origin[series[new[::-1]]] = truth[new[::-1]]
@@ -191,12 +193,15 @@ class InSample:
     def _units(self, sums: Float64) -> tuple[Float64, Float64]:
         count, total, squares, labels, errors = sums.T
         mean = _ratio(total, count)
-        variance = np.maximum(_ratio(squares, count) - mean**2, 0.0)
-        usual = np.abs(self._origin + mean)
-        deviation = np.sqrt(variance)
-        return _ratio(errors, labels), np.where(deviation > 1e-9 * usual, deviation, np.nan)
+        deviation = np.sqrt(np.maximum(_ratio(squares, count) - mean**2, 0.0))
+        naive, usual = _ratio(errors, labels), np.abs(self._origin + mean)
+        return (
+            np.where(naive > _FORECAST_DIGITS * usual, naive, np.nan),
+            np.where(deviation > _TRUTH_DIGITS * usual, deviation, np.nan),
+        )
 
-    def _grow(self, series: int) -> None:
+    def grow(self, series: int) -> None:
+        """There are at least so many series, whether or not anything is known of them."""
         if series > len(self._origin):
             size = max(series, 2 * len(self._origin))
             for name, fill in (("_before", 0.0), ("_whole", 0.0), ("_origin", np.nan)):
@@ -207,6 +212,10 @@ class InSample:
 
 
 _KEPT: Final = 5
+_FORECAST_DIGITS: Final = 2.0**-23
+"""Relative to a series' level. What is said is float32: smaller errors of a constant series are its rounding, and no unit."""
+_TRUTH_DIGITS: Final = 1e-12
+"""The same for what came: float64, means of many readings."""
 
 
 def pinball_loss(shortfall: Float64, levels: Float64) -> Float64:
@@ -224,11 +233,17 @@ def _sums(truth: Float64, said: Said, known: NDArray[np.bool_], levels: Float64)
     out[..., LABELS], out[..., ABSOLUTE], out[..., SQUARED] = 1.0, np.abs(error), error**2
     out[..., SYMMETRIC] = symmetric
     if said.quantiles is not None:
-        low, high = said.quantiles[..., 0].astype(np.float64), said.quantiles[..., -1].astype(np.float64)
+        low, high, came = said.quantiles[..., 0], said.quantiles[..., -1], _as_said(truth, said.quantiles)
         out[..., BANDED], out[..., PINBALL] = 1.0, pinball_loss(truth[..., None] - said.quantiles, levels)
-        out[..., COVERED], out[..., WIDTH] = (truth >= low) & (truth <= high), high - low
+        out[..., COVERED], out[..., WIDTH] = (came >= low) & (came <= high), high.astype(np.float64) - low
     out[~known] = 0.0
     return out
+
+
+def _as_said(truth: Float64, quantiles: NDArray[Any]) -> NDArray[Any]:
+    """In the digits of the quantiles: 20.1 lies between the float32 nearest to it and itself."""
+    with np.errstate(over="ignore"):
+        return truth.astype(quantiles.dtype)
 
 
 def _ratio(part: Float64, whole: Float64) -> Float64:

@@ -70,6 +70,8 @@ OUTLIER: Final = 4.0
 """Robust deviations beyond which a value counts for no more; a sine reaches 1.4."""
 SAMPLE: Final = 2000
 """Steps, drawn at random, from which robust deviations are told: to 2 %, and no period is in step with them."""
+EVENTS: Final = 0.5
+"""Share of the variance that holding outliers leaves at least."""
 UPHEAVAL: Final = 4.0
 """A period with so many times the usual power says nothing: the level jumped in it."""
 PEAKS: Final = 4
@@ -82,8 +84,8 @@ NEARLY_PERFECT: Final = 0.9
 EVIDENCE_KNOWN: Final = 2.5
 """Strength of a calendar period, as a multiple of what chance makes."""
 EVIDENCE_SEARCHED: Final = 3.0
-"""The same, of the best of many lags: at 2, one random walk of 500 steps in thirty has a season; at 4, a clean wave seen six times has
-none."""
+"""The same, of the best of many lags: at 2, one random walk of 500 steps in thirty has a season; at 4, a shape with noise of half its
+size that is seen six times is none."""
 EVIDENCE_PLENTY: Final = 10.0
 """From here on it is no chance, and need only not do harm: an oil temperature's day is plain to see, what it brings little."""
 GAIN: Final = 0.05
@@ -383,12 +385,17 @@ def _peaks(correlation: Float64, longest: int) -> list[int]:
     return peaks
 
 
-def _held(series: Float64) -> Float64:
-    """Clipped at OUTLIER robust deviations of each sensor; as it is where more than half of a sensor's values are the same."""
-    sample = series if len(series) <= SAMPLE else series[np.random.default_rng(0).integers(len(series), size=SAMPLE)]
+def _held(series: Float64, like: Float64 | None = None) -> Float64:
+    """Clipped at OUTLIER robust deviations of each sensor, or of `like`. As it is where that would take away nearly all that varies: a
+    sensor that mostly rests has events, not outliers."""
+    sample = series if like is None else like
+    if len(sample) > SAMPLE:
+        sample = sample[np.random.default_rng(0).integers(len(sample), size=SAMPLE)]
     middle = _median(sample)
-    deviation = 1.4826 * _median(np.abs(sample - middle))
-    reach = np.where(deviation > 0, OUTLIER * deviation, np.inf)
+    distance = np.abs(sample - middle)
+    reach = OUTLIER * 1.4826 * _median(distance)
+    kept = np.nansum(np.minimum(distance, reach) ** 2, axis=0) >= EVENTS * np.nansum(distance**2, axis=0)
+    reach = np.where(kept, reach, np.inf)
     return np.asarray(np.clip(series, middle - reach, middle + reach), np.float64)
 
 
@@ -512,9 +519,9 @@ def _gain_of_phase_means(series: Float64, steps: int, leads: list[int]) -> float
         after = series[since : cut + STRETCH * steps]
         season = fit.season_at(np.arange(since - begin, since - begin + len(after)))
         for lead in leads:
-            plain.append(_typical(_held(after[lead:] - after[:-lead])))
-            rest = after - season
-            explained.append(_typical(_held(rest[lead:] - rest[:-lead])))
+            change = after[lead:] - after[:-lead]
+            plain.append(_typical(_held(change)))
+            explained.append(_typical(_held(change - (season[lead:] - season[:-lead]), change)))
     return _median_gain(np.mean(explained, axis=0), np.mean(plain, axis=0))
 
 

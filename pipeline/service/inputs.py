@@ -41,7 +41,8 @@ class Input(Protocol):
         """0 ... 1"""
 
     rejected: Counter[str]
-    """Records before what was handed out last that were no readings, by reason."""
+    """Records before what was handed out last that were no readings, by reason; those behind it when `next_ms` has seen the end. So
+    they are counted once, however often somebody stops and goes on behind what was handed out last."""
 
     def next_ms(self) -> int | None:
         """The smallest event time among the readings that come next; None at the end."""
@@ -119,9 +120,10 @@ class FileInput:
                 self.share_read = 1.0
                 return False
             readings = readings_of(batch, self._fields, self._offset)
+            skipped = max(0, self._skip - self._offset)
             self._offset += len(readings)
             self.share_read = batch.share_read
-            self._waiting.add(readings.take(slice(max(0, self._skip - int(readings.offsets[0])), None)))
+            self._waiting.add(readings.take(slice(skipped, None)))
         return True
 
 
@@ -158,7 +160,11 @@ class TopicInput:
     def next_ms(self) -> int | None:
         while lacking := [p for p in self._next if not self._waiting[p] and not self._at_end(p)]:
             self._poll(lacking)
-        return min((waiting.next_ms for waiting in self._waiting.values() if waiting), default=None)
+        found = min((waiting.next_ms for waiting in self._waiting.values() if waiting), default=None)
+        if found is None:
+            for partition in self._refused:
+                self._count_refused(partition, self._ends[partition])
+        return found
 
     def until(self, boundary_ms: int | None) -> Iterator[tuple[int, Readings]]:
         while True:
@@ -166,8 +172,6 @@ class TopicInput:
                 for readings in waiting.until(boundary_ms):
                     self._count_refused(partition, int(readings.offsets[-1]))
                     yield partition, readings
-                if not waiting and self._at_end(partition):
-                    self._count_refused(partition, self._ends[partition])
             behind = [p for p, waiting in self._waiting.items() if not waiting and not self._at_end(p)]
             if not behind:
                 return

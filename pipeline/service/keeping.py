@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -74,7 +75,12 @@ def planned(out: Path) -> Mapping[str, Any] | None:
     path = out / UNFINISHED / PLAN_FILE
     if not path.exists():
         return None
-    plan: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from None
+    if not isinstance(plan, dict):
+        raise _damaged(path, "it holds no plan")
     return plan
 
 
@@ -89,18 +95,17 @@ class Folder:
         self._writer: pq.ParquetWriter | None = None
         self._journal = self._own / "journal"
         if overwrite:
-            shutil.rmtree(self._own, ignore_errors=True)
-            (out / FORECASTS_FILE).unlink(missing_ok=True)
+            with _writing_to(out):
+                if self._own.exists():
+                    shutil.rmtree(self._own)
+                (out / FORECASTS_FILE).unlink(missing_ok=True)
         require_free(out)
         self._require(plan)
         self.saved = self._load()
         self._parts = int(self.saved.facts["parts"]) if self.saved else 0
         self._journalled = int(self.saved.facts["journal"]) if self.saved else 0
-        for path in self._own.glob("part-*.parquet"):
-            if int(path.stem.removeprefix("part-")) > self._parts:
-                path.unlink()
-        with self._journal.open("ab") as journal:
-            journal.truncate(self._journalled)
+        with _writing_to(out):
+            self._drop_younger()
 
     @property
     def models(self) -> Path:
@@ -119,10 +124,7 @@ class Folder:
 
     def save(self, arrays: Arrays, facts: Mapping[str, Any], lines: Sequence[bytes]) -> None:
         """From here on it can be gone on with. lines: of the journal, since the last time."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._parts += 1
+        self._close_part()
         with self._journal.open("ab") as journal:
             journal.write(b"".join(line + b"\n" for line in lines))
             _sync(journal)
@@ -137,10 +139,7 @@ class Folder:
 
     def finish(self) -> Path:
         """All parts as one file; what was unfinished goes."""
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-            self._parts += 1
+        self._close_part()
         whole, parts = self.out / FORECASTS_FILE, [self._part(number) for number in range(1, self._parts + 1)]
         if len(parts) == 1:
             os.replace(parts[0], whole)
@@ -153,6 +152,26 @@ class Folder:
             os.replace(scratch, whole)
         shutil.rmtree(self._own)
         return whole
+
+    def _close_part(self) -> None:
+        if self._writer is None:
+            return
+        self._writer.close()
+        self._writer = None
+        self._parts += 1
+        with self._part(self._parts).open("ab") as part:
+            _sync(part)
+
+    def _drop_younger(self) -> None:
+        """What no state counts in. Raises DeploymentError where one that it counts in is gone."""
+        for number in range(1, self._parts + 1):
+            if not self._part(number).exists():
+                raise DeploymentError(f"{self._part(number)} is missing; begin anew with --overwrite")
+        for path in self._own.glob("part-*.parquet"):
+            if int(path.stem.removeprefix("part-")) > self._parts:
+                path.unlink()
+        with self._journal.open("ab") as journal:
+            journal.truncate(self._journalled)
 
     def _open(self, path: Path) -> pq.ParquetWriter:
         # Without Arrow's own schema a text is a text to whoever reads it, and no category.
@@ -174,13 +193,13 @@ class Folder:
                     "name another folder (--out), set it back to go on, or add --overwrite"
                 )
             return
-        try:
-            self._own.mkdir(parents=True, exist_ok=True)
-            (self._own / PLAN_FILE).write_text(json.dumps(plan, indent=2), encoding="utf-8")
-        except OSError as error:
-            raise DeploymentError(
-                f"cannot write to {self.out}: {error.strerror or error}; name another folder with --out"
-            ) from None
+        with _writing_to(self.out):
+            if self._own.exists():  # without a plan nobody knows what it was
+                shutil.rmtree(self._own)
+            self._own.mkdir(parents=True)
+            scratch = self._own / "plan.writing"
+            scratch.write_text(json.dumps(plan, indent=2), encoding="utf-8")
+            os.replace(scratch, self._own / PLAN_FILE)
 
     def _load(self) -> Saved | None:
         path = self._own / _STATE
@@ -190,13 +209,27 @@ class Folder:
             with np.load(path, allow_pickle=False) as stored:
                 arrays = {name: stored[name] for name in stored.files}
             facts = json.loads(arrays.pop(_FACTS).tobytes())
-        except (OSError, ValueError, KeyError) as error:
-            raise DeploymentError(f"{path} is damaged ({error}); begin anew with --overwrite") from None
+        except Exception as error:  # what unpacking half an archive may raise is nowhere written down
+            raise _damaged(path, error) from None
         return Saved(arrays, facts)
 
 
 _STATE: Final = "state.npz"
 _FACTS: Final = "facts"
+
+
+@contextmanager
+def _writing_to(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DeploymentError(
+            f"cannot write to {out}: {error.strerror or error}; name another folder with --out"
+        ) from None
+
+
+def _damaged(path: Path, why: object) -> DeploymentError:
+    return DeploymentError(f"{path} is damaged ({why}); begin anew with --overwrite")
 
 
 def _sync(file: Any) -> None:

@@ -26,6 +26,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from models.measures import ErrorSums, InSample, Said
+from pipeline.errors import SettingsError
 from pipeline.service.statistical import Statistical
 from pipeline.stream.columns import OK, STALE, STATUSES, Bool, Float64, Int64, Steps
 from pipeline.stream.task import ForecastTask, TaskOutput
@@ -37,6 +38,8 @@ WINDOW_BITS: Final = 42
 WINDOW_ORIGIN: Final = 1 << (WINDOW_BITS - 1)
 SETTLE_ROWS: Final = 16_384
 """Forecasts that wait at least before the ripe ones among them are looked for."""
+STEPS_A_ROW: Final = 16
+"""So many times as many steps may be heard of in between: while nobody forecasts, truth must not pile up."""
 
 Rows = dict[str, NDArray[Any]]
 _LINE_COLUMNS: Final = ("lines", "newest", "naive_window", "naive_said")
@@ -72,6 +75,11 @@ class FrameShape:
     """Steps that this last one goes back."""
     outside: tuple[str, ...] = ()
     """Forecasters that are asked when truth is matched (`Matching.outside`)."""
+
+    def __post_init__(self) -> None:
+        for name in self.outside:
+            if self.forecasters.count(name) > 1:
+                raise SettingsError(f"--beside {name}: a column has that name already; expected each name once")
 
     @property
     def forecasters(self) -> tuple[str, ...]:
@@ -132,7 +140,11 @@ class Matching:
     """By horizon and levels: both come with the model."""
     _who: list[str] = field(default_factory=list)
     _count: int = 0
-    """Forecasts taken in since the last look for ripe ones."""
+    """Forecasts taken in since the last look for ripe ones ..."""
+    _heard: int = 0
+    """... and steps ..."""
+    _remembered: int = 0
+    """... beside those that were still needed then."""
 
     def __post_init__(self) -> None:
         self.errors = ErrorSums(self.shape.forecasters, self.shape.horizon, self.shape.levels)
@@ -148,7 +160,8 @@ class Matching:
     @property
     def is_full(self) -> bool:
         """It is time to `settle`."""
-        return self._count >= max(SETTLE_ROWS, 2 * len(self._lines))
+        forecasts, steps = max(SETTLE_ROWS, 2 * len(self._lines)), max(STEPS_A_ROW * SETTLE_ROWS, self._remembered)
+        return self._count >= forecasts or self._heard >= steps
 
     def add(self, partition: int, task: ForecastTask, output: TaskOutput) -> None:
         """Take over what one call of a task made."""
@@ -158,6 +171,7 @@ class Matching:
         line = self._line(partition, task.table.sensors)[steps.slot]
         truth = steps.values[:, list(spec.targets)]
         self._truth.append({"line": line, "window": steps.window, "values": truth})
+        self._heard += len(steps)
         np.maximum.at(self._newest, line, steps.window)
         self._note_naive(line, steps, output, truth)
         rows = np.flatnonzero(answers.known & self.kept.of(steps))
@@ -179,7 +193,7 @@ class Matching:
 
     def settle(self, final: bool = False) -> list[pa.Table]:
         """The rows whose truth is known by now, ordered by cutoff; final: all that wait, with what is known."""
-        self._count = 0
+        self._count = self._heard = 0
         if not self._truth:
             return []
         truth = _joined(self._truth)
@@ -195,6 +209,7 @@ class Matching:
         back = self.shape.horizon + (self.outside.history_steps if self.outside else 0)
         needed = truth["window"] > self._newest[truth["line"]] - back
         self._truth = [_take(truth, needed)]
+        self._remembered = int(needed.sum())
         return tables
 
     def state(self) -> tuple[Rows, dict[str, Any]]:
@@ -221,6 +236,7 @@ class Matching:
             setattr(self, f"_{name}", arrays[f"_{name}"])
         self._line_of_slot = {int(partition): lines for partition, lines in of("line_of_slot.").items()}
         self._truth = [truth] if (truth := of("truth.")) else []
+        self._remembered = len(truth.get("line", ()))
         shapes = [(horizon, tuple(levels)) for horizon, levels in facts["shapes"]]
         self._waiting = {shape: [of(f"waiting{number}.")] for number, shape in enumerate(shapes)}
         self.series, self.forecasts, self._who = list(facts["series"]), facts["forecasts"], list(facts["who"])
@@ -238,6 +254,7 @@ class Matching:
             if name not in self._series_of:
                 self._series_of[name] = len(self.series)
                 self.series.append(name)
+        self.in_sample.grow(len(self.series) * len(self.shape.targets))
         first = len(self._lines)
         self._lines = np.append(self._lines, [self._series_of[name] for name in new])
         self._line_of_slot[partition] = known = np.append(known, np.arange(first, len(self._lines)))
@@ -280,7 +297,7 @@ class Matching:
         sensor = self._lines[rows["line"]]
         came = _came(rows, truth, horizon)
         targets = came.shape[2]
-        strangers = [self._ask_outside(rows, truth, k) for k in range(targets)]
+        strangers = [self._ask_outside(rows, truth, k, levels) for k in range(targets)]
         for k in range(targets):
             own = [
                 Said(rows[f"mean{n}"][:, :, k], rows[f"quantiles{n}"][:, :, k])
@@ -290,13 +307,13 @@ class Matching:
         self.forecasts += len(sensor)
         return self._table(rows, sensor, came, levels, strangers)
 
-    def _ask_outside(self, rows: Rows, truth: Rows, target: int) -> list[Said]:
-        """One a forecaster, each (n, H)."""
+    def _ask_outside(self, rows: Rows, truth: Rows, target: int, levels: Sequence[float]) -> list[Said]:
+        """One a forecaster, each (n, H), with the quantiles that the model has."""
         if self.outside is None:
             return []
-        horizon = rows["mean"].shape[1]
+        horizon, chosen = rows["mean"].shape[1], [self.shape.levels.index(level) for level in levels]
         return [
-            Said(said.mean[:, :horizon], None if said.quantiles is None else said.quantiles[:, :horizon])
+            Said(said.mean[:, :horizon], None if said.quantiles is None else said.quantiles[:, :horizon, chosen])
             for said in self.outside.forecast(_histories(rows, truth, target, self.outside.history_steps))
         ]
 
@@ -317,7 +334,7 @@ class Matching:
         series = np.repeat((sensor[:, None] * targets + np.arange(targets)).reshape(-1), horizon).astype(np.int32)
         columns = [
             pa.DictionaryArray.from_arrays(series, pa.array(self.series_names, pa.string())),
-            pa.array(cutoff + lead * self.rule.hop_ms, pa.timestamp("ms")),
+            pa.array(cutoff + lead.astype(np.int64) * self.rule.hop_ms, pa.timestamp("ms")),
             pa.array(cutoff, pa.timestamp("ms")),
             pa.array(lead),
             pa.array(of_lead(came), from_pandas=True),

@@ -24,6 +24,8 @@ SERIES_LOOKED_AT: Final = 12
 BEHIND_SHARE: Final = 0.1
 """Of the readings further behind the newest before them than a window and its grace: with more, a file is in another order than that of
 time, such as sensor after sensor."""
+SHADES: Final = 16
+"""Into so many parts each doubling of a delay is told apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,11 +41,11 @@ class FileFacts:
     step_ms: int
     seasons: tuple[SeasonFound, ...]
     behind: Int64
-    """(64) how many readings are [2^(i-1), 2^i) ms behind the newest before them; 0: in order."""
+    """(64 * SHADES) how many readings are so far behind the newest before them, by `_shade`; 0: in order."""
 
     def in_order(self, patience_ms: int) -> bool:
-        """Few readings are further behind than this."""
-        late = self.behind[int(patience_ms).bit_length() + 1 :].sum()
+        """Few readings are as far behind as this; those that are a sixteenth less may count as well."""
+        late = self.behind[int(_shade(np.array([max(patience_ms, 1)]))[0]) :].sum()
         return bool(late <= BEHIND_SHARE * self.readings)
 
     def __str__(self) -> str:
@@ -61,17 +63,17 @@ def look(batches: Iterable[FileBatch]) -> FileFacts:
     """Once through the file. Raises DeploymentError where there is nothing to tell a step from."""
     numbers: dict[str, int] = {}
     sampled: list[tuple[Int32, Int64, Float64]] = []
-    behind = np.zeros(65, np.int64)
+    behind = np.zeros(64 * SHADES, np.int64)
     fields: tuple[str, ...] = ()
     readings, first_ms, newest_ms = 0, 2**62, -(2**62)
     for batch in batches:
-        fields = batch.field_names
+        fields = fields or batch.field_names
         own = np.array([numbers.setdefault(name, len(numbers)) for name in batch.sensors], np.int32)
         newest = np.maximum(np.maximum.accumulate(batch.event_time_ms), newest_ms)
-        behind += np.bincount(_bits(newest - batch.event_time_ms), minlength=65)
+        behind += np.bincount(_shade(newest - batch.event_time_ms), minlength=len(behind))
         newest_ms, first_ms = int(newest[-1]), min(first_ms, int(batch.event_time_ms.min()))
         if readings < LOOKED_AT:
-            sampled.append((own[batch.codes], batch.event_time_ms, batch.values))
+            sampled.append((own[batch.codes], batch.event_time_ms, _values(batch, fields)))
         readings += len(batch)
     if not readings:
         raise DeploymentError("the file holds no readings in this range; widen --from and --to")
@@ -81,7 +83,7 @@ def look(batches: Iterable[FileBatch]) -> FileFacts:
     except ValueError as error:
         raise DeploymentError(f"the step cannot be told from the file: {error}; set windows.size") from None
     seasons = estimate_seasons(regular(times, values, step_ms), step_ms)
-    return FileFacts(fields, len(numbers), readings, first_ms, newest_ms, step_ms, tuple(seasons), behind[:64])
+    return FileFacts(fields, len(numbers), readings, first_ms, newest_ms, step_ms, tuple(seasons), behind)
 
 
 def assumed(settings: Settings, facts: FileFacts, spec: SeriesSpec | None = None) -> dict[str, Any]:
@@ -97,6 +99,10 @@ def assumed(settings: Settings, facts: FileFacts, spec: SeriesSpec | None = None
         found["forecast.horizon"], found["forecast.quantiles"] = spec.horizon, list(spec.quantiles)
     if "windows.hop" in settings.sources:
         found.pop("windows.size", None)
+        if spec is None and "forecast.season" in found:
+            hop_ms, lengths = settings.windows.hop_ms, [season.steps * facts.step_ms for season in facts.seasons]
+            fitting = [length for length in lengths if length % hop_ms == 0 and length >= 2 * hop_ms]
+            found["forecast.season"] = [format_duration(length) for length in fitting]
     return {key: value for key, value in found.items() if settings.source_of(key) == "default"}
 
 
@@ -110,8 +116,12 @@ def in_time_order(batches: Iterable[FileBatch]) -> Iterator[FileBatch]:
         np.array([numbers.setdefault(name, len(numbers)) for name in batch.sensors], np.int32)[batch.codes]
         for batch in whole
     ]
-    times, values = np.concatenate([b.event_time_ms for b in whole]), np.concatenate([b.values for b in whole])
-    code, names, fields = np.concatenate(codes), list(numbers), whole[0].field_names
+    fields = whole[0].field_names
+    times, values = (
+        np.concatenate([b.event_time_ms for b in whole]),
+        np.concatenate([_values(b, fields) for b in whole]),
+    )
+    code, names = np.concatenate(codes), list(numbers)
     whole.clear()
     order = np.argsort(times, kind="stable")
     for at in range(0, len(order), READINGS_AT_ONCE):
@@ -120,9 +130,26 @@ def in_time_order(batches: Iterable[FileBatch]) -> Iterator[FileBatch]:
         yield FileBatch(names, code[rows], times[rows], values[rows], fields, share)
 
 
-def _bits(numbers: Int64) -> Int64:
-    """Length of each in binary: 0 for 0."""
-    return np.where(numbers > 0, np.frexp(numbers.astype(np.float64))[1], 0).astype(np.int64)
+def _shade(delays_ms: Int64) -> Int64:
+    """Each doubling in SHADES equal parts: 0 for 0, ascending.
+
+    >>> [int(shade) for shade in _shade(np.array([0, 1, 2, 3, 4, 1024, 1087, 1088]))]
+    [0, 16, 32, 40, 48, 176, 176, 177]
+    """
+    part, doublings = np.frexp(delays_ms.astype(np.float64))
+    return np.where(delays_ms > 0, doublings * SHADES + ((2 * part - 1) * SHADES).astype(np.int64), 0).astype(np.int64)
+
+
+def _values(batch: FileBatch, fields: tuple[str, ...]) -> Float64:
+    """(n, F) of these fields, in this order: files that are read one after the other need not have it."""
+    if batch.field_names == fields:
+        return batch.values
+    if missing := [name for name in fields if name not in batch.field_names]:
+        raise DeploymentError(
+            f"a later file has no field {missing[0]!r} as the first one has: it has {', '.join(batch.field_names)}; name the "
+            "fields that all of them have (--value-columns)"
+        )
+    return batch.values[:, [batch.field_names.index(name) for name in fields]]
 
 
 def _by_series(sampled: list[tuple[Int32, Int64, Float64]]) -> tuple[list[Int64], list[Float64]]:
