@@ -6,8 +6,8 @@
    series without its level has a local maximum, for cycles that no calendar knows. None is longer than a third of the data or LONGEST.
 2. **Strength** of each, F = max(0, 1 - Var(R) / Var(S + R)) of Wang, Smith and Hyndman (2006), from a classical decomposition into
    level (centred moving average), season S (phase means) and remainder R. Variances are per degree of freedom, so that noise gives
-   about 0 however few periods there are; phase means are those of at most STRETCH periods at a time, so that a cycle of 16.3 steps, or
-   days that grow longer, are still a season. The median over the sensors counts.
+   about 0 however few periods there are; phase means are those of at most STRETCH periods at a time, so that a cycle of 16.3 steps (as
+   16, or as 49), or days that grow longer, are still a season. The median over the sensors counts.
 3. **Evidence.** By chance F strays from 0 by about 1 / sqrt(pairs of periods compared); what is asked is a multiple of that, a larger
    one for cycles that were searched for. Periods that follow from few repetitions must be nearly perfect.
 4. **It must help.** A random walk's level moves in ways that look like a wave or two. So one of these must be smaller than the change
@@ -17,11 +17,20 @@
 5. **Which.** The strongest; a calendar period in place of a neighbour, and a short period in place of its multiples, unless these
    explain clearly more. A further season is looked for in what is left when the first one is taken away.
 
-Simulated: one sensor, at most two seasons; share of series in which there is one, of 1,000 (200 of the longest).
+Simulated: one sensor, at most two seasons asked for; series without a season in which one is found, per 1,000 (of 1,000; of 200 with
+5,000 steps). With four independent sensors there was none in 825 of each kind.
 
-SIMTABLE
+    steps                          200     500   1,000   5,000
+    random walk                      0       1       2       5
+    AR(1) 0.95                       0       2       3       0
+    AR(1) 0.8                        1       0       0       0
+    white noise                      2       0       0       0
+    trend and white noise            2       0       0       0
+    twice integrated noise           0       0       0       0
+    moving sum of 20                 3      40      14       0
 
-Four independent sensors: none in any. A wave whose phase wanders (AR(2) with a peak) passes for a season in one series of ten.
+An AR(2) wave whose phase wanders passes for a season in about one series of ten. What is not found: a cycle unknown to the calendar that
+is seen five or six times with as much noise as wave.
 
 Wang, X., Smith, K. and Hyndman, R. (2006), Characteristic-based clustering for time series data, Data Mining and Knowledge Discovery
 13; Hyndman, R. J. and Athanasopoulos, G., Forecasting: Principles and Practice, 3rd ed., sections 3.4 and 4.3.
@@ -71,7 +80,7 @@ OUTLIER: Final = 4.0
 SAMPLE: Final = 2000
 """Steps, drawn at random, from which robust deviations are told: to 2 %, and no period is in step with them."""
 EVENTS: Final = 0.5
-"""Share of the variance that holding outliers leaves at least."""
+"""Share of the variance that holding outliers leaves at least: at 0.1, one series of rare events in five has a season."""
 UPHEAVAL: Final = 4.0
 """A period with so many times the usual power says nothing: the level jumped in it."""
 PEAKS: Final = 4
@@ -182,7 +191,7 @@ def estimate_seasons(values: Float64, step_ms: int, most: int = 1) -> list[Seaso
 
     Looked at are the newest MOST_STEPS steps, at most MOST_SENSORS sensors evenly from all, and of these the ones that are observed in a
     fifth of the steps and not constant; a season of fewer than half of them is none. A period longer than a third of the steps looked
-    at, or than LONGEST, is not found. A pure function of its arguments; well under a second.
+    at, or than LONGEST, is not found. A pure function of its arguments; takes less than a second.
 
     ValueError: values has not two dimensions, step_ms or most is not positive.
     """
@@ -386,7 +395,7 @@ def _peaks(correlation: Float64, longest: int) -> list[int]:
 
 
 def _held(series: Float64, like: Float64 | None = None) -> Float64:
-    """Clipped at OUTLIER robust deviations of each sensor, or of `like`. As it is where that would take away nearly all that varies: a
+    """Clipped at OUTLIER robust deviations of each sensor, or of `like`. As it is where that would take away most of what varies: a
     sensor that mostly rests has events, not outliers."""
     sample = series if like is None else like
     if len(sample) > SAMPLE:
@@ -515,7 +524,7 @@ def _gain_of_phase_means(series: Float64, steps: int, leads: list[int]) -> float
         cut = round(origin * len(series))
         begin = max(0, cut - STRETCH * steps - 2 * max(steps, SHORTEST_LEVEL))
         fit = _fitted(series[begin:cut], steps)
-        since = cut - steps // 2  # the level of the newest phase means is centred before it
+        since = cut - steps // 2  # where the phase means end
         after = series[since : cut + STRETCH * steps]
         season = fit.season_at(np.arange(since - begin, since - begin + len(after)))
         for lead in leads:

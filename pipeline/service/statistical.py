@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -42,7 +42,6 @@ class Statistical:
         self._levels = tuple(levels)
         try:
             known: Any = importlib.import_module("statsforecast.models")
-            self._library: Any = importlib.import_module("statsforecast")
         except ImportError as error:
             raise DeploymentError(
                 f"{', '.join(names)} come from statsforecast, which is not installed ({error}); pip install 'millrace[stats]'"
@@ -50,46 +49,40 @@ class Statistical:
         for name in names:
             if name not in known.__all__:
                 raise SettingsError(f"--beside {name}: statsforecast has no such model; expected one {_SUCH_AS}")
-        fallback = known.SeasonalNaive(season_length=season) if season > 1 else known.Naive()
-        models = [_made(known, name, season) for name in names]
-        self._banded = [model for model in models if _gives_intervals(model)]
-        self._bare = [model for model in models if model not in self._banded]
-        self._fallback = fallback
+        self._percent = sorted({_interval(level) for level in self._levels if level != 0.5}) or None
+        self._models = [_made(known, name, season) for name in names]
+        self._banded = [_gives_intervals(name, model) for name, model in zip(names, self._models)]
+        self._fallback = known.SeasonalNaive(season_length=season) if season > 1 else known.Naive()
 
     def forecast(self, histories: Sequence[Float64]) -> list[Said]:
         """histories: n arrays of steps in time order, NaN = missing. One `Said` a model: (n, H) and (n, H, Q), or no quantiles where the
         model knows none; NaN where a history is too short. A model that cannot be fitted to a history is stood in for by the (seasonal)
         naive one."""
         shape = len(histories), self._horizon
-        bands = {model.alias: np.full((*shape, len(self._levels)), np.nan) for model in self._banded}
-        said = {name: Said(np.full(shape, np.nan), bands.get(name)) for name in self.names}
-        filled = [_filled(history) for history in histories]
-        rows = [row for row, history in enumerate(filled) if len(history) >= FEWEST_STEPS]
-        if not rows:
-            return list(said.values())
-        lengths = [len(filled[row]) for row in rows]
-        frame = pd.DataFrame(
-            {
-                "unique_id": np.repeat(rows, lengths),
-                "ds": np.concatenate([np.arange(length) for length in lengths]),
-                "y": np.concatenate([filled[row] for row in rows]),
-            }
-        )
-        for models, percent in ((self._banded, self._percent()), (self._bare, None)):
-            if not models:
+        said = [
+            Said(np.full(shape, np.nan), np.full((*shape, len(self._levels)), np.nan) if banded else None)
+            for banded in self._banded
+        ]
+        for row, history in enumerate(map(_filled, histories)):
+            if len(history) < FEWEST_STEPS:
                 continue
-            forecaster = self._library.StatsForecast(models=models, freq=1, fallback_model=self._fallback, n_jobs=1)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                found = forecaster.forecast(df=frame, h=self._horizon, level=percent).sort_values(["unique_id", "ds"])
-            for name in (model.alias for model in models):
-                said[name].mean[rows] = found[name].to_numpy().reshape(-1, self._horizon)
-                for q, level in enumerate(self._levels if name in bands else ()):
-                    bands[name][rows, :, q] = found[_column(name, level)].to_numpy().reshape(-1, self._horizon)
-        return list(said.values())
+            for model, one in zip(self._models, said):
+                found = self._ask(model, history, None if one.quantiles is None else self._percent)
+                one.mean[row] = found["mean"]
+                if one.quantiles is not None:
+                    one.quantiles[row] = np.stack([found[_key(level)] for level in self._levels], axis=1)
+        return said
 
-    def _percent(self) -> list[float]:
-        return sorted({_interval(level) for level in self._levels if level != 0.5})
+    def _ask(self, model: Any, history: Float64, percent: Sequence[float] | None) -> Mapping[str, Float64]:
+        """mean, lo-80.0, hi-80.0, ... -> (H). One by one: StatsForecast itself takes these by their place, and each model, the stand-in
+        too, has them in an order of its own."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                found: Mapping[str, Float64] = model.forecast(y=history, h=self._horizon, level=percent)
+            except Exception:
+                found = self._fallback.forecast(y=history, h=self._horizon, level=percent)
+        return found
 
 
 def _interval(level: float) -> float:
@@ -97,33 +90,32 @@ def _interval(level: float) -> float:
     return round(100 * abs(2 * level - 1), 6)
 
 
-def _column(name: str, level: float) -> str:
+def _key(level: float) -> str:
     """
-    >>> _column("AutoETS", 0.1), _column("AutoETS", 0.9), _column("AutoETS", 0.5)
-    ('AutoETS-lo-80.0', 'AutoETS-hi-80.0', 'AutoETS')
+    >>> _key(0.1), _key(0.9), _key(0.5)
+    ('lo-80.0', 'hi-80.0', 'mean')
     """
     if level == 0.5:
-        return name
-    return f"{name}-{'lo' if level < 0.5 else 'hi'}-{_interval(level)}"
+        return "mean"
+    return f"{'lo' if level < 0.5 else 'hi'}-{_interval(level)}"
 
 
 def _made(known: Any, name: str, season: int) -> Any:
     kind = getattr(known, name)
     takes = inspect.signature(kind).parameters
-    lacking = [word for word, one in takes.items() if one.default is one.empty and word != "season_length"]
+    needed = [word for word, one in takes.items() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD]
+    lacking = [word for word in needed if word != "season_length"]
     if lacking:
         raise SettingsError(
             f"--beside {name}: it cannot be made without {', '.join(lacking)}; expected one that needs a season at most, {_SUCH_AS}"
         )
     with _saying_what_is_missing(name):
-        model = kind(season_length=season) if "season_length" in takes else kind()
-    model.alias = name
-    return model
+        return kind(season_length=season) if "season_length" in takes else kind()
 
 
-def _gives_intervals(model: Any) -> bool:
+def _gives_intervals(name: str, model: Any) -> bool:
     """Some know none, and raise for those who ask: what stands in for a model that raises must not stand in for these."""
-    with _saying_what_is_missing(model.alias), warnings.catch_warnings():
+    with _saying_what_is_missing(name), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             model.forecast(y=np.sin(np.arange(2.0 * FEWEST_STEPS)), h=1, level=[80])

@@ -338,7 +338,7 @@ def test_a_refused_record_counts_when_it_has_been_passed_and_not_when_it_was_rea
 
 
 def test_whoever_is_ahead_is_not_read_on() -> None:
-    source = Log({0: [50] * 1_000, 1: list(range(40)) + [60]}, lambda: 2)
+    source = Log({0: [50] * 1_000, 1: [*range(40), 60]}, lambda: 2)
     found = TopicInput(source, FORMAT, {0: 0, 1: 0}, {0: 1_000, 1: 41})  # type: ignore[arg-type]
     assert len(taken(found.until(BASE + 45))) == 40
     assert source.fetched[1] == 41

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ def written(folder: Path, content: str | bytes, name: str = "file.csv") -> Path:
     return path
 
 
-def readings(path: Path, layout: FileLayout, from_ms: int | None = None, to_ms: int | None = None) -> list[tuple]:
+def readings(
+    path: Path | pd.DataFrame, layout: FileLayout, from_ms: int | None = None, to_ms: int | None = None
+) -> list[tuple]:
     """(sensor, event time, *values) of each reading; None for a missing value."""
     return [
         (batch.sensors[code], time_ms, *(None if np.isnan(value) else value for value in row))
@@ -162,6 +165,149 @@ def test_times_in_parquet_have_any_unit_and_zone(tmp_path, unit, zone):
     times = pd.DatetimeIndex(["2016-07-01"], tz="UTC").tz_convert(zone).as_unit(unit)
     pd.DataFrame({"date": times, "a": [1.0], "b": [2]}).to_parquet(tmp_path / "f.parquet")
     assert readings(tmp_path / "f.parquet", WIDE) == [("a", START, 1.0), ("b", START, 2.0)]
+
+
+# -- a DataFrame in place of a file
+
+LONG = FileLayout("ds", ("y",), id_column="unique_id")
+
+
+def nixtla(**columns: object) -> pd.DataFrame:
+    times = pd.to_datetime(["2016-07-01 00:00", "2016-07-01 00:00", "2016-07-01 01:00"])
+    return pd.DataFrame({"unique_id": ["a", "b", "a"], "ds": times, "y": [1.0, 2.0, 3.0]} | columns)
+
+
+def test_a_frame_holds_the_readings_of_the_file_it_would_be(tmp_path):
+    frame = long_frame(1_000)
+    frame.to_parquet(tmp_path / "f.parquet")
+    layout = FileLayout("at", id_column="machine")
+    assert readings(frame, layout) == readings(tmp_path / "f.parquet", layout)
+    wide = pd.DataFrame({"date": pd.to_datetime(["2016-07-01"]), "a": [1], "b": [np.nan], "note": ["x"]})
+    assert readings(wide, FileLayout("date", ("*",))) == [("a", START, 1.0), ("b", START, None)]
+
+
+def test_a_frame_is_left_as_it_was():
+    frame = nixtla(y=[1.0, np.inf, np.nan])
+    before = frame.copy()
+    assert [value for *_, value in readings(frame, LONG)] == [1.0, None, None]
+    pd.testing.assert_frame_equal(frame, before)
+
+
+@pytest.mark.parametrize(
+    "y",
+    [
+        np.array([1, 2, 3], np.int8),
+        np.array([1, 2, 3], np.float32),
+        pd.array([1, 2, 3], dtype="Int64"),
+        pd.array([1, 2, 3], dtype="UInt16"),
+        pd.Series([1, 2.0, 3], dtype=object),
+        [Decimal("1.00"), Decimal("2.00"), Decimal("3.00")],
+    ],
+    ids=["int8", "float32", "Int64", "UInt16", "object", "decimal"],
+)
+def test_values_of_a_frame_are_numbers_of_any_kind(y):
+    assert readings(nixtla(y=y), LONG) == [("a", START, 1.0), ("b", START, 2.0), ("a", START + HOUR, 3.0)]
+
+
+@pytest.mark.parametrize(
+    "y", [pd.array([1, None, 3], dtype="Int64"), pd.Series([1, None, 3], dtype=object), [1.0, np.nan, -np.inf]]
+)
+def test_missing_values_of_a_frame_are_missing(y):
+    assert readings(nixtla(y=y), LONG)[1] == ("b", START, None)
+
+
+@pytest.mark.parametrize("unit", ["s", "ms", "us", "ns"])
+@pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin"])
+def test_times_of_a_frame_have_any_unit_and_zone(unit, zone):
+    times = nixtla()["ds"].dt.as_unit(unit)
+    times = times if zone is None else times.dt.tz_localize("UTC").dt.tz_convert(zone)
+    assert [time for _, time, _ in readings(nixtla(ds=times), LONG)] == [START, START, START + HOUR]
+
+
+def test_a_time_with_a_zone_is_that_moment_and_one_without_is_utc():
+    times = nixtla()["ds"].dt.tz_localize("Europe/Berlin")  # two hours ahead of UTC in July
+    assert readings(nixtla(ds=times), LONG)[0][1] == START - 2 * HOUR
+
+
+@pytest.mark.parametrize("divisor", [1_000, 1])
+def test_times_of_a_frame_may_be_epochs_by_their_size(divisor):
+    times = [time_ms // divisor for time_ms in (START, START, START + HOUR)]
+    assert [time for _, time, _ in readings(nixtla(ds=times), LONG)] == [START, START, START + HOUR]
+
+
+@pytest.mark.parametrize(
+    "ds",
+    [
+        pd.Series([datetime(2016, 7, 1)] * 3, dtype=object),
+        pd.Series([date(2016, 7, 1)] * 3, dtype=object),
+        ["2016-07-01", "2016-07-01", "2016-07-01"],
+        pd.Series(["2016-07-01"] * 3, dtype=object),
+    ],
+    ids=["datetime", "date", "text", "object"],
+)
+def test_times_of_a_frame_may_be_objects_and_texts(ds):
+    assert {time for _, time, _ in readings(nixtla(ds=ds), LONG)} == {START}
+
+
+def test_times_of_a_frame_may_lie_before_1970():
+    times = pd.to_datetime(["1969-12-31 23:00", "1960-01-01 00:00", "1970-01-01 00:00"])
+    assert [time for _, time, _ in readings(nixtla(ds=times), LONG)] == [-HOUR, -315_619_200_000, 0]
+
+
+@pytest.mark.parametrize(
+    ("ids", "names"),
+    [
+        ([1, 2, 1], ["1", "2", "1"]),
+        (pd.Categorical(["x", "y", "x"]), ["x", "y", "x"]),
+        (["ä", "b", "ä"], ["ä", "b", "ä"]),
+    ],
+)
+def test_ids_of_a_frame_are_texts_numbers_or_categories(ids, names):
+    assert [sensor for sensor, *_ in readings(nixtla(unique_id=ids), LONG)] == names
+
+
+def test_the_index_of_a_frame_tells_nothing():
+    frame = nixtla()
+    for index in ([5, 5, 5], ["x", "y", "z"], pd.date_range("2020", periods=3)):
+        assert readings(frame.set_axis(index), LONG) == readings(frame, LONG)
+    with pytest.raises(LayoutError, match=r"time column 'ds' is not in the DataFrame.*unique_id"):
+        readings(frame.set_index("ds"), LONG)
+
+
+def test_a_frame_of_many_rows_comes_in_batches_that_say_how_far_they_are():
+    frame = pd.DataFrame({"date": START + np.arange(120_000) * 1_000, "a": 1.0, "b": np.arange(120_000.0)})
+    batches = list(read_file(frame, WIDE, to_ms=START + 110_000_000))
+    assert len(batches) > 1
+    assert max(map(len, batches)) <= 100_000
+    assert np.array_equal(np.concatenate([batch.values[1::2, 0] for batch in batches]), np.arange(110_000))
+    shares = [batch.share_read for batch in batches]
+    assert shares == sorted(shares)
+    assert shares[-1] > 0.9
+
+
+def test_a_frame_without_rows_has_no_readings():
+    assert list(read_file(nixtla().iloc[:0], LONG)) == []
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"y": pd.Series([1, "warm", 2.0], dtype=object)}, ["neither times, texts nor numbers", "column y", "'warm'"]),
+        ({"y": [1j, 2j, 3j]}, ["neither times, texts nor numbers", "column y"]),
+        ({"y": ["1", "2", "warm"]}, ["the DataFrame, column 'y'", "expected numbers"]),
+        ({"y": nixtla()["ds"]}, ["the DataFrame, column 'y'", "timestamp", "expected numbers"]),
+        ({"unique_id": pd.Series([1, "b", 2], dtype=object)}, ["neither times, texts nor numbers", "column unique_id"]),
+        ({"unique_id": ["a", None, "b"]}, ["column 'unique_id', row 2: empty"]),
+        ({"unique_id": ["a", "b", np.nan]}, ["column 'unique_id', row 3: empty"]),
+        ({"ds": pd.to_datetime(["2016-07-01", None, "2016-07-02"])}, ["column 'ds', row 2: no time"]),
+        ({"ds": ["2016-07-01", "soon", "2016-07-02"]}, ["column 'ds', row 2: 'soon' is no time"]),
+    ],
+)
+def test_what_a_frame_holds_that_is_no_reading_is_named(columns, words):
+    with pytest.raises(FileError) as caught:
+        readings(nixtla(**columns), LONG)
+    for word in words:
+        assert word in str(caught.value)
 
 
 def test_a_file_of_many_blocks_is_read_in_batches_that_say_how_far_they_are(tmp_path):

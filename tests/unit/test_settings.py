@@ -10,7 +10,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline._settings_reference import reference
-from pipeline.settings import SECTIONS, Settings, SettingsError, describe, format_duration, load, parse, parse_duration
+from pipeline.settings import (
+    SECTIONS,
+    Settings,
+    SettingsError,
+    changed,
+    describe,
+    format_duration,
+    load,
+    parse,
+    parse_duration,
+    to_toml,
+)
 
 REPOSITORY = Path(__file__).parents[2]
 TEN_LINES = """
@@ -241,6 +252,164 @@ def test_what_is_shown_can_be_written_into_a_file_again():
         topics=again.topics,  # names written out
     )
     assert again.topics.forecasts_topic == settings.topics.forecasts_topic
+
+
+# -- the same settings with some keys set otherwise
+
+ALL_SORTS = """
+[kafka]
+bootstrap_servers = "a:1, b:2"
+ssl_check_hostname = false
+[topics]
+domain = "mill"
+scores = "elsewhere"
+readings_retention = "7d"
+forecasts_retention = ""
+[readings]
+fields = ["heat", "Tø °C", "a # b", "x = y"]
+targets = ["x = y"]
+max_ahead = ""
+[windows]
+size = "90s"
+hop = "30s"
+aggregates = ["last", "count"]
+late = "drop"
+[forecast]
+horizon = 7
+quantiles = [0.025, 0.5]
+season = ["30m", "1h"]
+[retraining]
+every = "4d"
+on_drift = false
+margin = 1e-5
+"""
+ENVIRON = {
+    "MILLRACE_TRAINING__HOLDOUT": "0.5",
+    "MILLRACE_SCORING__LEADS": "1, 7",
+    "MILLRACE_TOPICS__DEAD_LETTERS_RETENTION": "",
+    "MILLRACE_WINDOWS__GRACE": "1m30s",
+    "MILLRACE_MODEL__PATH": "5",
+}
+
+
+def without_sources(settings: Settings) -> Settings:
+    return msgspec.structs.replace(settings, sources={})
+
+
+def test_with_nothing_set_otherwise_everything_stays_where_it_came_from() -> None:
+    for settings in (parse(""), parse(ALL_SORTS, environ=ENVIRON), parse(SECURE), parse(TEN_LINES)):
+        again = changed(settings, {}, "nobody")
+        assert again == settings
+        assert again.sources == settings.sources
+
+
+def test_what_is_set_otherwise_says_by_whom_and_the_rest_stays() -> None:
+    settings = parse(ALL_SORTS, environ=ENVIRON, overrides={"topics.partitions": 9})
+    after = changed(settings, {"forecast.horizon": 12, "windows.grace": "2m", "model.units": 5}, "the data")
+    assert (after.forecast.horizon, after.windows.grace_ms, after.model.units) == (12, 120_000, 5)
+    for key in ("forecast.horizon", "windows.grace", "model.units"):
+        assert after.source_of(key) == "the data"
+    assert after.source_of("windows.size") == "millrace.toml"
+    assert after.source_of("training.holdout") == "MILLRACE_TRAINING__HOLDOUT"
+    assert after.source_of("topics.partitions") == "--partitions"
+    assert after.source_of("windows.late") == "millrace.toml"
+    assert after.source_of("http.port") == "default"
+    for name in SECTIONS:
+        if name not in ("forecast", "windows", "model"):
+            assert getattr(after, name) == getattr(settings, name)
+    assert msgspec.structs.replace(after.forecast, horizon=7) == settings.forecast
+    assert settings.forecast.horizon == 7
+
+
+def test_what_follows_from_what_was_set_otherwise_follows_anew() -> None:
+    after = changed(parse(""), {"windows.size": "15m", "readings.fields": ["y"], "topics.domain": "mill"}, "the data")
+    assert after.windows.hop_ms == 900_000
+    assert after.readings.targets == ("y",)
+    assert after.kafka.group_id == "millrace-mill"
+    assert after.topics.forecasts_topic == "mill.forecasts.v1"
+    assert changed(parse(""), {"windows.size": "7m"}, "the data").forecast.season_ms == ()
+    # The default season comes back with steps that it fits.
+    seven = parse("[windows]\nsize = '7m'")
+    assert seven.forecast.season_ms == ()
+    assert changed(seven, {"windows.size": "6m"}, "the data").forecast.season_ms == (86_400_000,)
+
+
+def test_what_was_set_does_not_follow() -> None:
+    settings = parse(
+        '[windows]\nhop = "5m"\n[readings]\nfields = ["a", "b"]\ntargets = ["b"]\n[kafka]\ngroup_id = "mine"'
+    )
+    after = changed(settings, {"windows.size": "15m", "topics.domain": "mill", "readings.fields": ["b", "c"]}, "x")
+    assert after.windows.hop_ms == 300_000
+    assert after.kafka.group_id == "mine"
+    assert after.readings.targets == ("b",)
+
+
+def test_what_was_set_otherwise_twice_says_who_did_it_last() -> None:
+    first = changed(parse(""), {"forecast.horizon": 3, "windows.size": "15m"}, "the data")
+    after = changed(first, {"forecast.horizon": 5}, "the model")
+    assert (after.forecast.horizon, after.windows.size_ms) == (5, 900_000)
+    assert (after.source_of("forecast.horizon"), after.source_of("windows.size")) == ("the model", "the data")
+
+
+def test_secrets_go_along_and_are_shown_nowhere() -> None:
+    after = changed(parse(SECURE), {"forecast.horizon": 3}, "the data")
+    assert after.kafka == parse(SECURE).kafka
+    assert after.kafka.sasl_plain_password == "s3cret"
+    assert "s3cret" not in repr(after)
+    assert "s3cret" not in str(describe(after))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"windows.size": "4 parsecs"}, ['windows.size = "4 parsecs" (the data)', "a duration such as"]),
+        ({"forecast.season": ["90m"]}, ['forecast.season = ["90m"] (the data)', "windows.hop"]),
+        ({"forecast.horizon": 0}, ["forecast.horizon = 0 (the data)", "at least 1"]),
+        ({"scoring.leads": [25]}, ["scoring.leads = [25] (the data)", "forecast.horizon = 24"]),
+    ],
+)
+def test_what_is_wrong_with_what_was_set_otherwise_is_named_with_who_set_it(values, words) -> None:
+    with pytest.raises(SettingsError) as caught:
+        changed(parse(""), values, "the data")
+    for word in words:
+        assert word in str(caught.value)
+
+
+# -- as a file
+
+
+@pytest.mark.parametrize("toml", ["", TEN_LINES, ALL_SORTS])
+def test_settings_written_as_a_file_are_read_back_as_they_were(toml: str) -> None:
+    settings = parse(toml, environ=ENVIRON if toml == ALL_SORTS else {})
+    again = parse(to_toml(settings))
+    assert without_sources(again) == msgspec.structs.replace(settings, sources={}, topics=again.topics)
+    for name in ("readings", "forecasts", "dead_letters", "state", "models", "control", "scores"):
+        assert getattr(again.topics, f"{name}_topic") == getattr(settings.topics, f"{name}_topic")
+    assert to_toml(again) == to_toml(settings)
+    assert to_toml(changed(settings, {}, "nobody")) == to_toml(settings)
+
+
+def test_a_file_says_every_key_once_under_its_section() -> None:
+    import tomllib
+
+    sections = tomllib.loads(to_toml(parse(ALL_SORTS)))
+    assert list(sections) == list(SECTIONS)
+    for name, kind in SECTIONS.items():
+        assert list(sections[name]) == [info.encode_name for info in msgspec.structs.fields(kind)]
+
+
+def test_a_file_leaves_secrets_out_and_says_so_and_takes_them_from_the_environment() -> None:
+    settings = parse(SECURE)
+    text = to_toml(settings)
+    assert "s3cret" not in text
+    assert "****" not in text
+    assert "# sasl_plain_password: a secret, left out" in text
+    assert "# ssl_password: a secret, left out" in text
+    assert 'sasl_plain_username = "mill"' in text
+    secrets = {"MILLRACE_KAFKA__SASL_PLAIN_PASSWORD": "s3cret", "MILLRACE_KAFKA__SSL_PASSWORD": "s3cret"}
+    assert parse(text, environ=secrets).kafka == settings.kafka
+    with pytest.raises(SettingsError, match=r"kafka\.sasl_plain_password"):
+        parse(text)
 
 
 @given(st.integers(0, 10**12))
