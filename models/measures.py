@@ -78,12 +78,11 @@ class ErrorSums:
                 self.below[f, places] += below.sum(axis=(0, 1))
                 self.of_level[f, places] += known.sum()
 
-    def figures(self, scale: Float64, deviation: Float64, series: int | None = None) -> Figures:
+    def figures(self, scale: Float64, deviation: Float64) -> Figures:
         """scale, deviation: (S) what MASE and the scaled errors divide by, one a series, those without a label too; NaN = unknown: the
-        series is left out of them. series: of one only."""
+        series is left out of them."""
         self._grow(len(scale))
-        chosen = slice(0, len(scale)) if series is None else slice(series, series + 1)
-        return Figures(self.forecasters, self.sums[chosen], scale[chosen], deviation[chosen])
+        return Figures(self.forecasters, self.sums[: len(scale)], scale, deviation)
 
     @property
     def reliability(self) -> dict[str, Float64]:

@@ -202,6 +202,6 @@ def watching(context: CommandContext) -> Iterator[Watcher]:
 
 
 def _moment(epoch_ms: int | None) -> str:
-    from pipeline.service.timeline import instant
+    from pipeline.service.words import moment
 
-    return "" if epoch_ms is None else instant(epoch_ms)
+    return "" if epoch_ms is None else f"{moment(epoch_ms)} UTC"

@@ -35,7 +35,8 @@ from pipeline.service.matching import FrameShape, Kept, Matching
 from pipeline.service.outlook import FileFacts, assumed, in_time_order, look
 from pipeline.service.passage import Outcome, Passage, Progress, baselines_of, frame_of
 from pipeline.service.statistical import Statistical
-from pipeline.service.timeline import Fresh, Given, Recorded, Scheduled, Shelf, Timeline, instant
+from pipeline.service.timeline import Fresh, Given, Recorded, Scheduled, Shelf, Timeline
+from pipeline.service.words import moment
 from pipeline.settings import Settings, changed, to_toml
 from pipeline.settings import load as load_settings
 from pipeline.stream.task import TaskSettings
@@ -515,8 +516,8 @@ def _notes(outcome: Outcome, timeline: Timeline, question: Question) -> list[str
         begin_ms = question.kept_from_ms if question.kept_from_ms is not None else outcome.first_ms
         if begin_ms is not None and learned > begin_ms:
             notes.append(
-                f"the model has learned from data up to {instant(learned)}: what is measured before that it may have seen; "
-                f"--from {instant(learned).replace(' UTC', '').replace(' ', 'T')} measures only what it has not"
+                f"the model has learned from data up to {moment(learned)} UTC: what is measured before that it may have seen; "
+                f"--from {moment(learned).replace(' ', 'T')} measures only what it has not"
             )
     if not outcome.matching.forecasts:
         notes.append("no forecast was kept: the range ends before the first one")

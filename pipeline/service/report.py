@@ -34,13 +34,13 @@ from pipeline.service.report_figures import (
     change,
     count,
     forecasters_of,
-    instant,
     pair,
     percent,
     significant,
     span,
     writer,
 )
+from pipeline.service.words import moment
 
 SHOWN_AT_EITHER_END: Final = 10
 """Sensors of a long table: the worst and the best."""
@@ -79,7 +79,7 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["instant"] = instant
+    environment.filters["instant"] = moment
     return environment
 
 

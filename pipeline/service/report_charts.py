@@ -29,11 +29,11 @@ from pipeline.service.report_figures import (
     Metrics,
     Report,
     SensorFans,
-    instant,
     percent,
     span,
     writer,
 )
+from pipeline.service.words import moment
 
 Tips = Mapping[str, Sequence[str]]
 """gid of a drawn line -> what the mouse shows over its markers."""
@@ -320,7 +320,7 @@ def _draw_marks(strip: Any, axis: Any, marks: Sequence[Mark], kinds: Sequence[_K
         look = {"color": THEME[colour][0], "alpha": 0.55 if kind == "refused" else 1.0}
         drawn = strip.plot(times, np.full(count, row), "|", markersize=8, markeredgewidth=1.4, **look)[0]
         drawn.set_gid(f"marks-{row}")
-        tips[f"marks-{row}"] = [f"{instant(mark.time_ms)}, {mark.kind}: {mark.label}" for mark in own]
+        tips[f"marks-{row}"] = [f"{moment(mark.time_ms)}, {mark.kind}: {mark.label}" for mark in own]
         if kind in _CHANGES:
             through = {**look, "alpha": 0.45, "linewidth": min(max(30 / count, 0.5), 1.1), "zorder": 2}
             axis.vlines(times, 0, 1, transform=axis.get_xaxis_transform(), **through)

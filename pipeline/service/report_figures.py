@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, Final
 
 import numpy as np
@@ -252,11 +251,3 @@ def span(ms: int) -> str:
         if whole:
             parts.append(f"{whole} {unit}")
     return " ".join(parts[:2])
-
-
-def instant(time_ms: int) -> str:
-    """
-    >>> instant(1_700_000_000_000)
-    '2023-11-14 22:13'
-    """
-    return datetime.fromtimestamp(time_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from pipeline.service.picture import Fan
 from pipeline.service.report import write_report
 from pipeline.service.report_figures import Mark, OverTime, Report, SensorFans
 from pipeline.service.timeline import Change
+from pipeline.service.words import moment
 from pipeline.settings import Settings, format_duration, to_toml
 
 METRICS_FILE: Final = "metrics.csv"
@@ -125,7 +126,7 @@ def _facts(outcome: Outcome) -> list[tuple[str, str]]:
         ("Time taken", _seconds(outcome.seconds)),
     ]
     if outcome.first_ms is not None and outcome.last_ms is not None:
-        facts.insert(0, ("Data", f"{_day(outcome.first_ms)} to {_day(outcome.last_ms)} UTC"))
+        facts.insert(0, ("Data", f"{moment(outcome.first_ms)} to {moment(outcome.last_ms)} UTC"))
     if (speed := speed_up(outcome)) is not None:
         facts.append(("Event time", f"{speed:,.0f} times as fast as it was lived"))
     return [(name, text) for name, text in facts if text]
@@ -195,10 +196,6 @@ def _newest(forecasts: Path, unique_id: str, stretch_ms: int) -> pd.DataFrame:
         table = table.set_column(at, name, table.column(name).cast(pa.timestamp("ms")).cast(pa.int64()))
     frame: pd.DataFrame = table.to_pandas()
     return frame
-
-
-def _day(epoch_ms: int) -> str:
-    return f"{datetime.fromtimestamp(epoch_ms / 1000, UTC):%Y-%m-%d %H:%M}"
 
 
 def _seconds(seconds: float) -> str:

@@ -15,7 +15,6 @@ import logging
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +26,7 @@ from pipeline.kafka.lineage import Swap
 from pipeline.service.fitting import challenge, fit
 from pipeline.service.history import History
 from pipeline.service.learning import Disappointment, Due, Learner, LearningRule
+from pipeline.service.words import moment
 from pipeline.settings import Settings
 from pipeline.stream.columns import Readings
 from pipeline.stream.scoring import decode_score, encode_scores
@@ -195,7 +195,7 @@ class Fresh(Timeline):
             sequences = history.sequences(newest_ms=self._settings.training.history_ms)
         except DeploymentError:
             raise DeploymentError(
-                f"no window had closed before {instant(boundary_ms)}, so there is nothing to train on; name a later time "
+                f"no window had closed before {moment(boundary_ms)} UTC, so there is nothing to train on; name a later time "
                 "(--train-until), or an earlier beginning (--from)"
             ) from None
         folder = self.shelf.folder / "trained"
@@ -211,7 +211,7 @@ class Fresh(Timeline):
     def finish(self) -> None:
         if self._history is not None:
             raise DeploymentError(
-                f"the data ends before {instant(self._until_ms)}, so nothing was left to forecast; name an earlier time (--train-until)"
+                f"the data ends before {moment(self._until_ms)} UTC, so nothing was left to forecast; name an earlier time (--train-until)"
             )
 
     def resume(self, changes: Sequence[Change], journal: Iterable[bytes], positions: Mapping[int, int]) -> None:
@@ -283,7 +283,7 @@ class Scheduled(Timeline):
         """The learner hears of it as the live one does."""
         self.changes.append(change)
         self.journal.append(json.dumps({_CHANGE: asdict(change)}).encode())
-        log.info("%s %s after %s: %s", instant(change.time_ms), change.kind, change.trigger, change.reason)
+        log.info("%s UTC %s after %s: %s", moment(change.time_ms), change.kind, change.trigger, change.reason)
         self._hear(change)
 
     def _hear(self, change: Change) -> None:
@@ -348,7 +348,3 @@ class Recorded(Timeline):
 
 def _serving_at(swaps: Sequence[Swap], offset: int) -> str:
     return next((swap.version for swap in reversed(swaps) if swap.offset <= offset), "")
-
-
-def instant(epoch_ms: int) -> str:
-    return f"{datetime.fromtimestamp(epoch_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"

@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -48,6 +47,7 @@ from pipeline.service.history import LEAD_IN_STEPS, TopicHistory
 from pipeline.service.learning import Disappointment, Due, Learner, LearningRule
 from pipeline.service.metrics import TrainerMetrics
 from pipeline.service.requests import PARTITION, read_request
+from pipeline.service.words import moment
 from pipeline.settings import Settings
 from pipeline.stream.columns import RecordColumns
 from pipeline.stream.scoring import decode_score
@@ -173,7 +173,7 @@ class Trainer:
         due = self._asked(duty) or duty.learner.due()
         if due is None:
             return
-        log.info("learning again up to %s: %s", _instant(due.until_ms), due.reason)
+        log.info("learning again up to %s: %s", f"{moment(due.until_ms)} UTC", due.reason)
         champion = duty.reader.view.champion
         asked = len(self._requests) if due.trigger == "request" else 0
         self._job = _Job(self.settings, duty, due, champion.version if champion else "", asked, self.metrics)
@@ -452,7 +452,3 @@ class _Job:
     def _go_on(self) -> None:
         if self._cancelled.is_set():
             raise Cancelled
-
-
-def _instant(epoch_ms: int) -> str:
-    return f"{datetime.fromtimestamp(epoch_ms / 1000, UTC):%Y-%m-%d %H:%M} UTC"
