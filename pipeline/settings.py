@@ -575,14 +575,30 @@ def changed(settings: Settings, values: Mapping[str, Any], source: str) -> Setti
     from pipeline._settings_checks import convert
 
     sources = settings.sources | dict.fromkeys(values, source)
-    sections = {}
+    left, sections = dict(values), {}
+    hop_ms = settings.windows.hop_ms
+    followed: dict[str, Any] = {  # what is so because of another key follows that key
+        "kafka.group_id": f"millrace-{settings.topics.domain}",
+        "readings.targets": settings.readings.fields,
+        "windows.hop": settings.windows.size_ms,
+        "forecast.season": tuple(
+            season for season in ForecastSettings().season_ms if season % hop_ms == 0 and season >= 2 * hop_ms
+        ),
+    }
     for name, section in SECTIONS.items():
-        names = {info.encode_name: info.name for info in msgspec.structs.fields(section)}
-        given = {
-            key: shown(getattr(getattr(settings, name), names[key])) for key in names if f"{name}.{key}" in sources
-        }
-        given |= {key: values[f"{name}.{key}"] for key in names if f"{name}.{key}" in values}
+        defaults, given = section(), {}
+        for info in msgspec.structs.fields(section):
+            key, value = f"{name}.{info.encode_name}", getattr(getattr(settings, name), info.name)
+            if key in left:
+                given[info.encode_name] = left.pop(key)
+            elif key in followed and value == followed[key]:
+                continue
+            elif key in sources or value != getattr(defaults, info.name):
+                given[info.encode_name] = shown(value)
+                sources.setdefault(key, "Python")
         sections[name] = convert(name, section, given, sources)
+    if left:
+        raise ValueError(f"{', '.join(left)}: no such setting")
     return Settings(**sections, sources=sources)  # type: ignore[arg-type]
 
 
@@ -615,7 +631,8 @@ def to_toml(settings: Settings) -> str:
         if row["value"] == MASK:
             lines.append(f"# {key}: a secret, left out")
         else:
-            lines.append(f"{key} = {msgspec.json.encode(row['value']).decode()}")
+            text = msgspec.json.encode(row["value"]).decode().replace("\x7f", "\\u007f")
+            lines.append(f"{key} = {text}")
     return "\n".join(lines[1:]) + "\n"
 
 

@@ -16,7 +16,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-import msgspec
 import pandas as pd
 
 from models.artifact import ArtifactError, load, read_manifest, spec_from_dict
@@ -37,7 +36,7 @@ from pipeline.service.passage import Outcome, Passage, Progress, baselines_of, f
 from pipeline.service.statistical import Statistical
 from pipeline.service.timeline import Fresh, Given, Recorded, Scheduled, Shelf, Timeline
 from pipeline.service.words import moment
-from pipeline.settings import Settings, changed, to_toml
+from pipeline.settings import Settings, changed, describe
 from pipeline.settings import load as load_settings
 from pipeline.stream.task import TaskSettings
 
@@ -98,7 +97,7 @@ class Question:
         if self.start_ms is None or self.learns:
             return self.start_ms
         lead_in_ms = LEAD_IN_STEPS * core.rule.hop_ms if self.lead_in_ms is None else self.lead_in_ms
-        return max(self.start_ms - lead_in_ms, 0)
+        return self.start_ms - lead_in_ms
 
     def __post_init__(self) -> None:
         ways = {
@@ -199,7 +198,7 @@ def backtest(
         beside=tuple(beside),
         out=out,
     )
-    given = settings or load_settings(None, {}, overrides)
+    given = load_settings(None, {}, overrides) if settings is None else changed(settings, overrides, "the arguments")
     answer = of_file(given, [df], layout, question, Watcher(note=note))
     if out is not None:
         answer.write(out)
@@ -264,8 +263,9 @@ def prepared(
             for batch in read_file(source, layout, from_ms, end_ms):
                 yield replace(batch, share_read=(number + batch.share_read) / len(sources))
 
-    facts = look(batches(None))
-    watcher.note(str(facts))
+    known_ms = None if settings.source_of("windows.size") == "default" else int(settings.windows.hop_ms)
+    facts = look(batches(None), known_ms)
+    watcher.note(f"{facts.readings:,} readings of {facts.sensors:,} sensors" if known_ms else str(facts))
     settings = settled(settings, question, facts)
     core = task_settings(settings)
     in_order = facts.in_order(core.rule.size_ms + core.rule.grace_ms)
@@ -295,8 +295,10 @@ def of_topic(settings: Settings, question: Question, watcher: Watcher = SILENT) 
         before = planned(question.out) if question.out is not None and not question.overwrite else None
         starts = _offsets(source, question.start, core, question, "start")
         ends = _offsets(source, question.end, core, question, "end")
-        if before is not None and "ends" in before:  # it goes on to where it was to end
-            ends = {int(partition): offset for partition, offset in before["ends"].items()}
+        if (
+            before is not None and "ends" in before
+        ):  # it goes on to where it was to end, whatever retention has deleted since
+            starts, ends = ({int(p): offset for p, offset in before[which].items()} for which in ("starts", "ends"))
         shelf = stack.enter_context(_shelf(question))
         timeline = _timeline(shelf, settings, core, question, watcher, registry, starts)
 
@@ -325,7 +327,7 @@ def _run(
     keeper: Keeper = Memory()
     positions: dict[int, int] = {}
     if question.out is not None:
-        asked = {"question": _asked(question), "model": _version(timeline), "settings": _shaping(settings)}
+        asked = {**_asked(question), "model": _version(timeline), **_shaping(settings)}
         keeper = Folder(question.out, matching.shape.schema, {**plan, **asked}, question.overwrite)
         if keeper.saved is not None:
             positions = {int(partition): offset for partition, offset in keeper.saved.facts["positions"].items()}
@@ -446,7 +448,7 @@ def _offsets(source: RecordSource, place: Place, core: TaskSettings, question: Q
         return first if which == "start" else end
     if isinstance(place, int):
         time_ms = question.reads_from_ms(core) if which == "start" else place
-        return source.offsets_for_time(time_ms or 0, everything)
+        return source.offsets_for_time(max(time_ms or 0, 0), everything)
     if strange := sorted(set(place) - set(everything)):
         raise SettingsError(f"{option} names partition {strange[0]}: topic {source.topic!r} has {everything}")
     found = (first if which == "start" else end) | dict(place)
@@ -486,9 +488,11 @@ def _version(timeline: Timeline) -> str:
     return model.version if model else ""
 
 
-def _shaping(settings: Settings) -> str:
-    """The settings but for the broker: who moves to another address goes on."""
-    return to_toml(msgspec.structs.replace(settings, kafka=Settings().kafka))
+def _shaping(settings: Settings) -> dict[str, Any]:
+    """The settings that shape what is said; who moves to another address goes on."""
+    sections = ("readings", "windows", "forecast", "model", "training", "retraining", "scoring")
+    rows = {row["key"]: row["value"] for row in describe(settings)}
+    return {key: value for key, value in rows.items() if key.split(".")[0] in sections}
 
 
 def _identity(source: Path | pd.DataFrame) -> str:
@@ -528,8 +532,12 @@ def _epoch_ms(moment: Any) -> int | None:
     """A time as pandas reads it; UTC without a zone. Raises SettingsError for anything else."""
     if moment is None:
         return None
+    if isinstance(moment, int | float) and moment == moment:  # as readings: below 1e11 it is epoch seconds
+        return round(moment * 1000 if abs(moment) < 1e11 else moment)
     try:
         found = pd.Timestamp(moment)
     except (ValueError, TypeError) as error:
         raise SettingsError(f"{moment!r} is no time ({error}); expected one such as 2026-01-31") from None
+    if pd.isna(found):
+        raise SettingsError(f"{moment!r} is no time; expected one such as 2026-01-31")
     return int((found.tz_localize("UTC") if found.tzinfo is None else found).timestamp() * 1000)

@@ -249,10 +249,18 @@ def _open(path: Path | pd.DataFrame, layout: FileLayout) -> _Csv | _Parquet | _F
 
 class _Frame:
     def __init__(self, frame: pd.DataFrame) -> None:
+        for name, kind in frame.dtypes.items():
+            if isinstance(kind, pd.PeriodDtype) or kind.kind == "m":
+                raise FileError(
+                    f"the DataFrame's column {name!r} holds {kind}; expected times, texts or numbers: turn it into a time, such as with "
+                    ".dt.to_timestamp()"
+                )
         try:
             self._table = pa.Table.from_pandas(frame, preserve_index=False)
         except (pa.ArrowException, TypeError) as error:
             raise FileError(f"the DataFrame holds a column that is neither times, texts nor numbers: {error}") from None
+        except ValueError as error:
+            raise FileError(f"the DataFrame cannot be read ({error}); expected each column's name once") from None
 
     def columns(self) -> list[FileColumn]:
         return [

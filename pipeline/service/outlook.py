@@ -59,8 +59,10 @@ class FileFacts:
         )
 
 
-def look(batches: Iterable[FileBatch]) -> FileFacts:
-    """Once through the file. Raises DeploymentError where there is nothing to tell a step from."""
+def look(batches: Iterable[FileBatch], step_ms: int | None = None) -> FileFacts:
+    """Once through the file. step_ms: known already, and with it the season is no question; None: told from the data.
+
+    Raises DeploymentError where there is nothing to tell a step from."""
     numbers: dict[str, int] = {}
     sampled: list[tuple[Int32, Int64, Float64]] = []
     behind = np.zeros(64 * SHADES, np.int64)
@@ -77,12 +79,14 @@ def look(batches: Iterable[FileBatch]) -> FileFacts:
         readings += len(batch)
     if not readings:
         raise DeploymentError("the file holds no readings in this range; widen --from and --to")
-    times, values = _by_series(sampled)
-    try:
-        step_ms = estimate_step(times)
-    except ValueError as error:
-        raise DeploymentError(f"the step cannot be told from the file: {error}; set windows.size") from None
-    seasons = estimate_seasons(regular(times, values, step_ms), step_ms)
+    seasons: list[SeasonFound] = []
+    if step_ms is None:
+        times, values = _by_series(sampled)
+        try:
+            step_ms = estimate_step(times)
+        except ValueError as error:
+            raise DeploymentError(f"the step cannot be told from the file: {error}; set windows.size") from None
+        seasons = estimate_seasons(regular(times, values, step_ms), step_ms)
     return FileFacts(fields, len(numbers), readings, first_ms, newest_ms, step_ms, tuple(seasons), behind)
 
 

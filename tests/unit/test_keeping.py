@@ -181,6 +181,7 @@ DEEDS = 60
 def test_wherever_the_plug_is_pulled_it_goes_on_and_every_row_is_there_once(tmp_path: Path, save_every: int) -> None:
     everything = pulled(tmp_path / "whole", DEEDS, save_every)
     assert len(everything) < DEEDS
+    assert everything.count("replace") == 2 + TABLES // save_every  # plan, states, whole: each takes its place at once
     assert set(everything) >= {"replace", "fsync", "rmtree", "ParquetWriter", "write_table", "close", "write_text"}
     for after in range(len(everything)):
         out = tmp_path / str(after)

@@ -88,6 +88,17 @@ def test_order_and_cutting_tell_nothing_else() -> None:
         assert (found.first_ms, found.last_ms) == (whole.first_ms, whole.last_ms)
 
 
+def test_a_sensor_is_the_same_in_every_batch_whatever_number_it_has_there() -> None:
+    # Both speak every hour, b at half past. Taken for each other in every second batch they would seem to speak at 0, 1:30, 2, 3:30.
+    parts = [
+        batch([hour * HOUR, hour * HOUR + HOUR // 2], sensors=["a", "b"])
+        if hour % 2
+        else batch([hour * HOUR + HOUR // 2, hour * HOUR], sensors=["b", "a"])
+        for hour in range(60)
+    ]
+    assert (look(parts).sensors, look(parts).step_ms) == (2, HOUR)
+
+
 def test_gaps_and_missing_values_hide_neither_step_nor_season() -> None:
     frame = rhythm()
     frame.loc[np.random.default_rng(3).random(len(frame)) < 0.2, "y"] = np.nan

@@ -433,3 +433,21 @@ def test_a_field_name_that_the_decoder_cannot_hold_is_refused(key: str) -> None:
     value = """["a\\"b"]""" if key == "fields" else """"a\\"b\""""
     with pytest.raises(SettingsError, match=rf"readings\.{key} .*quotation marks"):
         parse(f"[readings]\n{key} = {value}\n")
+
+
+def test_changing_settings_that_were_built_in_python_keeps_what_they_say() -> None:
+    built = parse("", environ={}, overrides={"windows.size": "5m"})
+    bare = msgspec.structs.replace(built, sources={})
+    other = changed(bare, {"forecast.horizon": 3}, "a test")
+    assert (other.windows.size_ms, other.windows.hop_ms, other.forecast.horizon) == (300_000, 300_000, 3)
+
+
+def test_what_follows_from_a_key_follows_it_when_it_changes() -> None:
+    settings = parse('[readings]\nfields = ["a"]\ntargets = []\n[windows]\nhop = ""\n', environ={})
+    other = changed(settings, {"readings.fields": ["b"], "windows.size": "5m"}, "a test")
+    assert (other.readings.targets, other.windows.hop_ms) == (("b",), 300_000)
+
+
+def test_changing_a_key_that_there_is_not_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match=r"windows.sise: no such setting"):
+        changed(parse("", environ={}), {"windows.sise": "5m"}, "a test")
