@@ -186,8 +186,9 @@ def millrace(data: Path, cutoffs: int) -> Result:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     import pandas as pd
 
-    from pipeline.service.backtest import Question, of_file
+    from pipeline.service.backtest import of_file
     from pipeline.service.files import FileLayout
+    from pipeline.service.question import Question
     from pipeline.settings import load
 
     frame = pd.read_csv(data, parse_dates=[0])

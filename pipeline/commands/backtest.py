@@ -16,8 +16,9 @@ from pipeline.errors import SettingsError
 
 if TYPE_CHECKING:
     from models.training import TrainingProgress
-    from pipeline.service.backtest import Answer, Question, Watcher
+    from pipeline.service.backtest import Answer, Watcher
     from pipeline.service.passage import Progress
+    from pipeline.service.question import Question
 
 _OFFSETS = re.compile(r"\d+:\d+(,\d+:\d+)*")
 
@@ -134,7 +135,8 @@ def backtest(
                            --train-until 2017-07-01 --out etth1
     with retraining:   millrace backtest --data … --retrain-every 7d --out etth1-weekly
     """
-    from pipeline.service.backtest import Question, of_file, of_topic
+    from pipeline.service.backtest import of_file, of_topic
+    from pipeline.service.question import Question
 
     layout = {name: asked.pop(name) for name in list(asked) if name not in Question.__dataclass_fields__}
     question = Question(beside=beside, history_steps=history_steps or 0, out=out, **asked)

@@ -12,12 +12,13 @@ import numpy as np
 import pandas as pd
 
 from pipeline.errors import DeploymentError, SettingsError
-from pipeline.service.backtest import SILENT, FileData, Question, Watcher, matching_for, model_of, prepared
+from pipeline.service.backtest import SILENT, Watcher, matching_for, model_of, spec_of
 from pipeline.service.files import FileLayout
 from pipeline.service.history import from_batches
 from pipeline.service.inputs import FileInput
 from pipeline.service.keeping import Memory
 from pipeline.service.matching import SERVICE, Kept, level_column
+from pipeline.service.outlook import FileData, prepared
 from pipeline.service.passage import Passage, frame_of
 from pipeline.service.picture import Fan, Panel, draw
 from pipeline.service.timeline import Fresh, Given, Shelf, Timeline
@@ -46,8 +47,7 @@ def look_ahead(
     no better than the baselines on the part that was held back, the baseline answers, and a note says so.
 
     Raises DeploymentError and SettingsError, which say what was expected."""
-    question = Question(model=model)
-    data = prepared(settings, sources, layout, question, watcher)
+    data = prepared(settings, sources, layout, None, spec_of(model), watcher.note)
     end_ms = data.facts.last_ms + 1
     with tempfile.TemporaryDirectory(prefix="millrace-forecast-") as folder:
         shelf = Shelf(Path(folder))
@@ -64,7 +64,7 @@ def look_ahead(
                 raise
             notes.append(f"no model was trained, the baseline answers: {error}")
             frame = _passed(data, Given(shelf, None), watcher)
-        if isinstance(timeline, Fresh) and not timeline.beats_baselines:
+        if any(change.note for change in timeline.changes):
             notes.append(
                 "the baseline answers: on the newest part of the file, which it was not trained on, the model was no better "
                 "(millrace train and --model have it answer all the same)"
@@ -118,7 +118,7 @@ def _passed(data: FileData, timeline: Timeline, watcher: Watcher) -> pd.DataFram
     core, keeper = data.core, Memory()
     newest_ms = int(core.rule.end_ms(np.array(data.facts.last_ms // core.rule.hop_ms)))
     # With hopping windows the last reading lies in several; the last of them ends last.
-    matching = matching_for(core, timeline, Kept(newest_ms), Question())
+    matching = matching_for(core, timeline, Kept(newest_ms))
     source = FileInput(data.read(None), core.format.fields, "file")
     Passage(data.settings, source, timeline, matching, keeper, watcher.progress).run()
     return frame_of(keeper.tables, matching.shape.schema).drop(columns="y")

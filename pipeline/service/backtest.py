@@ -26,13 +26,13 @@ from pipeline.kafka.registry import RegistryReader
 from pipeline.kafka.source import RecordSource
 from pipeline.service.assembly import task_settings
 from pipeline.service.feed import OWN, load_version
-from pipeline.service.files import FileBatch, FileLayout, read_file
-from pipeline.service.history import LEAD_IN_STEPS
+from pipeline.service.files import FileLayout
 from pipeline.service.inputs import FileInput, Input, TopicInput
 from pipeline.service.keeping import Folder, Keeper, Memory, planned, require_free
 from pipeline.service.matching import FrameShape, Kept, Matching
-from pipeline.service.outlook import FileFacts, assumed, in_time_order, look
+from pipeline.service.outlook import prepared
 from pipeline.service.passage import Outcome, Passage, Progress, baselines_of, frame_of
+from pipeline.service.question import Place, Question, epoch_ms
 from pipeline.service.statistical import Statistical
 from pipeline.service.timeline import Fresh, Given, Recorded, Scheduled, Shelf, Timeline
 from pipeline.service.words import moment
@@ -40,79 +40,10 @@ from pipeline.settings import Settings, changed, describe
 from pipeline.settings import load as load_settings
 from pipeline.stream.task import TaskSettings
 
-Place = int | Mapping[int, int] | None
-"""A time (epoch ms), or an offset of each partition."""
 NO_MODEL: Final = (
     "which model is to answer was not said: name one (--model DIR or VERSION), have one trained on what came before a time "
     "(--train-until T), or have the retraining rule replayed (--retrain-every 1d)"
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked of a backtest. At most one of model, train_until_ms, retrain_every and recorded."""
-
-    model: str = ""
-    """A folder that `millrace train` wrote, or a version of the models topic."""
-    train_until_ms: int | None = None
-    retrain_every: str = ""
-    """A duration of event time."""
-    recorded: bool = False
-    """The models that answered live, where the workers wrote that they took over."""
-    start: Place = None
-    """Forecasts from here on; a given or recorded model has its state warmed by what came before."""
-    end: Place = None
-    """Readings before this."""
-    lead_in_ms: int | None = None
-    """How far before a start in time is read; None: LEAD_IN_STEPS windows."""
-    stride: int = 1
-    """Every n-th window is a cutoff."""
-    beside: tuple[str, ...] = ()
-    """Names in `statsforecast.models`."""
-    history_steps: int = 0
-    """What these see of a sensor; 0: ten seasons, or ten horizons."""
-    out: Path | None = None
-    overwrite: bool = False
-
-    @property
-    def start_ms(self) -> int | None:
-        return self.start if isinstance(self.start, int) else None
-
-    @property
-    def learns(self) -> bool:
-        return self.train_until_ms is not None or bool(self.retrain_every)
-
-    @property
-    def has_model(self) -> bool:
-        """Something was said about who answers."""
-        return self.learns or self.recorded or bool(self.model)
-
-    @property
-    def kept_from_ms(self) -> int | None:
-        """Forecasts issued before this are of no interest."""
-        return self.start_ms if self.train_until_ms is None else self.train_until_ms
-
-    def reads_from_ms(self, core: TaskSettings) -> int | None:
-        """Where a start in time has reading begin."""
-        if self.start_ms is None or self.learns:
-            return self.start_ms
-        lead_in_ms = LEAD_IN_STEPS * core.rule.hop_ms if self.lead_in_ms is None else self.lead_in_ms
-        return self.start_ms - lead_in_ms
-
-    def __post_init__(self) -> None:
-        ways = {
-            "--model": bool(self.model),
-            "--train-until": self.train_until_ms is not None,
-            "--retrain-every": bool(self.retrain_every),
-            "--recorded": self.recorded,
-        }
-        chosen = [name for name, given in ways.items() if given]
-        if len(chosen) > 1:
-            raise SettingsError(
-                f"{' and '.join(chosen)} were given: expected one of them, they say which model answers"
-            )
-        if self.stride < 1:
-            raise SettingsError(f"--stride {self.stride}: expected a whole number of windows, at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,18 +66,18 @@ class Answer:
     outcome: Outcome
     notes: Sequence[str]
     forecasts: Path | None
-    """forecasts.parquet; None: they are in `tables`."""
+    """forecasts.parquet; None: they are in `keeper`."""
     keeper: Keeper
     title: str
 
-    def write(self, out: Path, sensors: Sequence[str] = (), facts: Sequence[tuple[str, str]] = ()) -> pd.DataFrame:
+    def write(self, out: Path, sensors: Sequence[str] = ()) -> pd.DataFrame:
         """metrics.csv, settings.toml and report.html beside forecasts.parquet; returns the metrics. sensors: to be shown."""
         from pipeline.service.results import write_results
 
         assert self.forecasts is not None
         return write_results(
             out, self.forecasts, self.outcome, self.settings,
-            title=f"Backtest of {self.title}", sensors=sensors, facts=facts, notes=self.notes,
+            title=f"Backtest of {self.title}", sensors=sensors, notes=self.notes,
         )  # fmt: skip
 
     def frame(self) -> pd.DataFrame:
@@ -190,10 +121,10 @@ def backtest(
     layout = FileLayout(time_column, tuple(value_columns) or (() if id_column else ("*",)), id_column)
     question = Question(
         model="" if model is None else str(model),
-        train_until_ms=_epoch_ms(train_until),
+        train_until_ms=epoch_ms(train_until),
         retrain_every=retrain_every,
-        start=_epoch_ms(start),
-        end=_epoch_ms(end),
+        start=epoch_ms(start),
+        end=epoch_ms(end),
         stride=stride,
         beside=tuple(beside),
         out=out,
@@ -215,7 +146,8 @@ def of_file(
     """From files, one after the other, or DataFrames: as one partition. What the settings leave open is told from the data.
 
     Raises DeploymentError and SettingsError, which say what was expected."""
-    if not (isinstance(question.start, int | None) and isinstance(question.end, int | None)):
+    end = question.end
+    if not (isinstance(question.start, int | None) and isinstance(end, int | None)):
         raise SettingsError("offsets of partitions were given for a file: expected times, such as --from 2026-01-31")
     if question.recorded:
         raise SettingsError(
@@ -225,7 +157,8 @@ def of_file(
 
     if not question.has_model and Path(settings.model.path).exists():
         question = replace(question, model=settings.model.path)
-    data = prepared(settings, sources, layout, question, watcher)
+    spec = spec_of(question.model)
+    data = prepared(_asked(settings, question), sources, layout, end, spec, watcher.note)
     core, from_ms = data.core, question.reads_from_ms(data.core)
     with _shelf(question) as shelf:
         timeline = _timeline(shelf, data.settings, core, question, watcher, None)
@@ -235,45 +168,6 @@ def of_file(
 
         plan = {"data": [_identity(source) for source in sources], "layout": str(layout)}
         return _run(data.settings, core, input_at, timeline, question, plan, watcher, _title(sources))
-
-
-@dataclass(frozen=True, slots=True)
-class FileData:
-    """Files, and what was told from them."""
-
-    facts: FileFacts
-    settings: Settings
-    core: TaskSettings
-    read: Callable[[int | None], Iterator[FileBatch]]
-    """From an event time on, in the order of time."""
-
-
-def prepared(
-    settings: Settings,
-    sources: Sequence[Path | pd.DataFrame],
-    layout: FileLayout,
-    question: Question,
-    watcher: Watcher,
-) -> FileData:
-    """One look at everything: what the settings leave open is told from the data, or from the model that the question names."""
-    end_ms = question.end if isinstance(question.end, int) else None
-
-    def batches(from_ms: int | None) -> Iterator[FileBatch]:
-        for number, source in enumerate(sources):
-            for batch in read_file(source, layout, from_ms, end_ms):
-                yield replace(batch, share_read=(number + batch.share_read) / len(sources))
-
-    known_ms = None if settings.source_of("windows.size") == "default" else int(settings.windows.hop_ms)
-    facts = look(batches(None), known_ms)
-    watcher.note(f"{facts.readings:,} readings of {facts.sensors:,} sensors" if known_ms else str(facts))
-    settings = settled(settings, question, facts)
-    core = task_settings(settings)
-    in_order = facts.in_order(core.rule.size_ms + core.rule.grace_ms)
-    if not in_order:
-        watcher.note("the rows do not stand in the order of time: they are sorted first, all in memory")
-    return FileData(
-        facts, settings, core, lambda from_ms: batches(from_ms) if in_order else in_time_order(batches(from_ms))
-    )
 
 
 def of_topic(settings: Settings, question: Question, watcher: Watcher = SILENT) -> Answer:
@@ -289,15 +183,14 @@ def of_topic(settings: Settings, question: Question, watcher: Watcher = SILENT) 
         if question.recorded or (question.model and not Path(question.model).is_dir()):
             registry = stack.enter_context(RegistryReader(settings))
             registry.catch_up()
-        settings = settled(settings, question, None)
+        settings = _asked(settings, question)
         core = task_settings(settings)
         source = stack.enter_context(RecordSource(settings, topic, group=False))
         before = planned(question.out) if question.out is not None and not question.overwrite else None
         starts = _offsets(source, question.start, core, question, "start")
         ends = _offsets(source, question.end, core, question, "end")
-        if (
-            before is not None and "ends" in before
-        ):  # it goes on to where it was to end, whatever retention has deleted since
+        if before is not None and "ends" in before:
+            # It goes on to where it was to end, whatever retention has deleted since.
             starts, ends = ({int(p): offset for p, offset in before[which].items()} for which in ("starts", "ends"))
         shelf = stack.enter_context(_shelf(question))
         timeline = _timeline(shelf, settings, core, question, watcher, registry, starts)
@@ -323,28 +216,30 @@ def _run(
     watcher: Watcher,
     title: str,
 ) -> Answer:
-    matching = matching_for(core, timeline, Kept(question.kept_from_ms, question.stride), question)
+    kept = Kept(question.kept_from_ms, question.stride)
+    matching = matching_for(core, timeline, kept, question.beside, question.history_steps)
     keeper: Keeper = Memory()
     positions: dict[int, int] = {}
     if question.out is not None:
-        asked = {**_asked(question), "model": _version(timeline), **_shaping(settings)}
+        asked = {**question.facts(), "model": timeline.identity, **_shaping(settings)}
         keeper = Folder(question.out, matching.shape.schema, {**plan, **asked}, question.overwrite)
         if keeper.saved is not None:
             positions = {int(partition): offset for partition, offset in keeper.saved.facts["positions"].items()}
             watcher.note(f"going on with what is in {question.out}")
     passage = Passage(settings, input_at(positions), timeline, matching, keeper, watcher.progress)
-    if isinstance(keeper, Folder):
-        passage.resume(keeper)
+    passage.resume()
     outcome = passage.run()
-    notes = _notes(outcome, timeline, question)
+    notes = _notes(outcome, timeline.learned_to_ms, question.kept_from_ms)
     for note in notes:
         watcher.note(note)
     forecasts = keeper.finish() if isinstance(keeper, Folder) else None
     return Answer(settings, outcome, notes, forecasts, keeper, title)
 
 
-def matching_for(core: TaskSettings, timeline: Timeline, kept: Kept, question: Question) -> Matching:
-    """With room for whatever the timeline's models may say."""
+def matching_for(
+    core: TaskSettings, timeline: Timeline, kept: Kept, beside: Sequence[str] = (), history_steps: int = 0
+) -> Matching:
+    """With room for whatever the timeline's models may say. beside, history_steps: as in `Question`."""
     specs = [core.spec, *timeline.specs]
     season = core.spec.seasons[0] if core.spec.seasons else 1
     shape = FrameShape(
@@ -353,12 +248,12 @@ def matching_for(core: TaskSettings, timeline: Timeline, kept: Kept, question: Q
         levels=tuple(sorted({level for spec in specs for level in spec.quantiles})),
         beside=tuple(kind.name for kind in baselines_of(core)),
         season=season,
-        outside=question.beside,
+        outside=tuple(beside),
     )
     outside = None
-    if question.beside:
-        steps = question.history_steps or 10 * max(season, shape.horizon)
-        outside = Statistical(question.beside, season, shape.horizon, shape.levels, steps)
+    if beside:
+        steps = history_steps or 10 * max(season, shape.horizon)
+        outside = Statistical(beside, season, shape.horizon, shape.levels, steps)
     return Matching(core.rule, shape, kept, outside)
 
 
@@ -412,19 +307,20 @@ def model_of(name: str, spec: SeriesSpec, registry: RegistryReader | None) -> tu
     return load_version(registry, version.version, spec), version.manifest
 
 
-def settled(settings: Settings, question: Question, facts: FileFacts | None) -> Settings:
-    """With what the question says, and what a file and the model's manifest tell."""
-    if question.retrain_every:
-        settings = changed(settings, {"retraining.every": question.retrain_every}, "--retrain-every")
-    spec = None
-    if question.model and Path(question.model).is_dir():
-        try:
-            spec = spec_from_dict(read_manifest(Path(question.model))["spec"])
-        except ArtifactError as error:
-            raise DeploymentError(str(error)) from error
-    if facts is None:
+def spec_of(folder: str) -> SeriesSpec | None:
+    """What the model in a folder was made for; None: it is no folder. Raises DeploymentError where the folder holds no model."""
+    if not folder or not Path(folder).is_dir():
+        return None
+    try:
+        return spec_from_dict(read_manifest(Path(folder))["spec"])
+    except ArtifactError as error:
+        raise DeploymentError(str(error)) from error
+
+
+def _asked(settings: Settings, question: Question) -> Settings:
+    if not question.retrain_every:
         return settings
-    return changed(settings, assumed(settings, facts, spec), "the data" if spec is None else "the model")
+    return changed(settings, {"retraining.every": question.retrain_every}, "--retrain-every")
 
 
 @contextmanager
@@ -469,25 +365,6 @@ def _require_free(question: Question) -> None:
 # -- what is remembered of the question
 
 
-def _asked(question: Question) -> dict[str, Any]:
-    return {
-        "train_until_ms": question.train_until_ms,
-        "retrain_every": question.retrain_every,
-        "recorded": question.recorded,
-        "start": str(question.start),
-        "end": str(question.end),
-        "lead_in_ms": question.lead_in_ms,
-        "stride": question.stride,
-        "beside": list(question.beside),
-        "history_steps": question.history_steps,
-    }
-
-
-def _version(timeline: Timeline) -> str:
-    model = timeline.first(0) if isinstance(timeline, Given) else None
-    return model.version if model else ""
-
-
 def _shaping(settings: Settings) -> dict[str, Any]:
     """The settings that shape what is said; who moves to another address goes on."""
     sections = ("readings", "windows", "forecast", "model", "training", "retraining", "scoring")
@@ -506,38 +383,22 @@ def _title(sources: Sequence[Path | pd.DataFrame]) -> str:
     return ", ".join("DataFrame" if isinstance(source, pd.DataFrame) else source.name for source in sources)
 
 
-def _notes(outcome: Outcome, timeline: Timeline, question: Question) -> list[str]:
+def _notes(outcome: Outcome, learned_to_ms: int | None, kept_from_ms: int | None) -> list[str]:
     """What whoever reads the figures should know."""
-    notes, counts = [], outcome.counts
+    counts = outcome.counts
+    notes = [change.note for change in outcome.changes if change.note]
     if counts.late * 100 > counts.readings:
         notes.append(
             f"{counts.late / counts.readings:.1%} of the readings came after their windows had closed; a longer windows.grace "
             "waits for them"
         )
-    if isinstance(timeline, Fresh) and not timeline.beats_baselines:
-        notes.append("the model did not beat the baselines on the newest part of what it was trained on")
-    if isinstance(timeline, Given) and (learned := timeline.learned_to_ms) is not None:
-        begin_ms = question.kept_from_ms if question.kept_from_ms is not None else outcome.first_ms
-        if begin_ms is not None and learned > begin_ms:
-            notes.append(
-                f"the model has learned from data up to {moment(learned)} UTC: what is measured before that it may have seen; "
-                f"--from {moment(learned).replace(' ', 'T')} measures only what it has not"
-            )
+    begin_ms = outcome.first_ms if kept_from_ms is None else kept_from_ms
+    if learned_to_ms is not None and begin_ms is not None and learned_to_ms > begin_ms:
+        until = moment(learned_to_ms)
+        notes.append(
+            f"the model has learned from data up to {until} UTC: what is measured before that it may have seen; "
+            f"--from {until.replace(' ', 'T')} measures only what it has not"
+        )
     if not outcome.matching.forecasts:
         notes.append("no forecast was kept: the range ends before the first one")
     return notes
-
-
-def _epoch_ms(moment: Any) -> int | None:
-    """A time as pandas reads it; UTC without a zone. Raises SettingsError for anything else."""
-    if moment is None:
-        return None
-    if isinstance(moment, int | float) and moment == moment:  # as readings: below 1e11 it is epoch seconds
-        return round(moment * 1000 if abs(moment) < 1e11 else moment)
-    try:
-        found = pd.Timestamp(moment)
-    except (ValueError, TypeError) as error:
-        raise SettingsError(f"{moment!r} is no time ({error}); expected one such as 2026-01-31") from None
-    if pd.isna(found):
-        raise SettingsError(f"{moment!r} is no time; expected one such as 2026-01-31")
-    return int((found.tz_localize("UTC") if found.tzinfo is None else found).timestamp() * 1000)

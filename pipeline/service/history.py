@@ -169,7 +169,7 @@ class TopicHistory:
                 self._next[partition] = max(self._next[partition], min(position, end[partition]))
             if on_progress:
                 on_progress(sum(max(min(self._next[p], end[p]) - start[p], 0) for p in end), total)
-        for partition in end:
+        for partition in source.assignment:  # none yet where there was nothing to read
             source.seek(partition, self._next[partition])
         return self.history
 

@@ -1,22 +1,26 @@
 """What can be told from a file alone: fields, step, season, and whether its rows stand in the order of time.
 
-file ──look──> FileFacts ──assumed──> settings that nobody has set
+file ──look──> FileFacts ──assumed──> settings that nobody has set ──prepared──> FileData
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+import pandas as pd
 
 from models.forecaster import SeriesSpec
 from models.seasonality import SeasonFound, estimate_seasons, estimate_step, regular
 from pipeline.errors import DeploymentError
-from pipeline.service.files import READINGS_AT_ONCE, FileBatch
-from pipeline.settings import Settings, format_duration
+from pipeline.service.assembly import task_settings
+from pipeline.service.files import READINGS_AT_ONCE, FileBatch, FileLayout, read_file
+from pipeline.settings import Settings, changed, format_duration
 from pipeline.stream.columns import Float64, Int32, Int64
+from pipeline.stream.task import TaskSettings
 
 LOOKED_AT: Final = 2_000_000
 """Readings from which step and season are estimated: the first so many."""
@@ -57,6 +61,50 @@ class FileFacts:
             f"{self.readings:,} readings of {self.sensors:,} sensors, a step of {format_duration(self.step_ms)}, "
             f"{'season ' + season if season else 'no season'}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FileData:
+    """Files, and what was told from them."""
+
+    facts: FileFacts
+    settings: Settings
+    core: TaskSettings
+    read: Callable[[int | None], Iterator[FileBatch]]
+    """From an event time on, in the order of time."""
+
+
+def prepared(
+    settings: Settings,
+    sources: Sequence[Path | pd.DataFrame],
+    layout: FileLayout,
+    end_ms: int | None,
+    spec: SeriesSpec | None,
+    note: Callable[[str], None],
+) -> FileData:
+    """One look at everything: what the settings leave open is told from the data, or from the model that is to serve (spec). end_ms:
+    readings before this.
+
+    Raises DeploymentError and SettingsError, which say what was expected."""
+
+    def batches(from_ms: int | None) -> Iterator[FileBatch]:
+        for number, source in enumerate(sources):
+            for batch in read_file(source, layout, from_ms, end_ms):
+                yield replace(batch, share_read=(number + batch.share_read) / len(sources))
+
+    known_ms = None if spec is None else spec.step_ms
+    if settings.source_of("windows.size") != "default":
+        known_ms = int(settings.windows.hop_ms)
+    facts = look(batches(None), known_ms)
+    note(f"{facts.readings:,} readings of {facts.sensors:,} sensors" if known_ms else str(facts))
+    settings = changed(settings, assumed(settings, facts, spec), "the data" if spec is None else "the model")
+    core = task_settings(settings)
+    in_order = facts.in_order(core.rule.size_ms + core.rule.grace_ms)
+    if not in_order:
+        note("the rows do not stand in the order of time: they are sorted first, all in memory")
+    return FileData(
+        facts, settings, core, lambda from_ms: batches(from_ms) if in_order else in_time_order(batches(from_ms))
+    )
 
 
 def look(batches: Iterable[FileBatch], step_ms: int | None = None) -> FileFacts:

@@ -100,7 +100,7 @@ class Outcome:
 
 
 class Passage:
-    """One run. folder: where it can be gone on with; else `keeper` takes what comes."""
+    """One run. keeper: takes the forecasts; where it is a Folder, the run can be stopped and gone on with."""
 
     def __init__(
         self,
@@ -175,12 +175,13 @@ class Passage:
                 self._keeper.write(table)
 
     def _arrive(self, boundary_ms: int) -> None:
-        changes = len(self.timeline.changes)
-        model = self.timeline.arrive(boundary_ms, self.input.next_ms() is not None)
+        changes, more = len(self.timeline.changes), self.input.next_ms() is not None
+        model = self.timeline.arrive(boundary_ms, more)
         if model is not None:
             for task in self._tasks.values():
                 task.swap(model)
-        if len(self.timeline.changes) > changes:  # a training is dear
+        # A training is dear. At the end there is nothing to go on with: what was refused behind the last reading has been counted.
+        if more and len(self.timeline.changes) > changes:
             self._save()
 
     def _tell(self) -> None:
@@ -227,9 +228,10 @@ class Passage:
         )
         self.timeline.journal.clear()
 
-    def resume(self, folder: Folder) -> None:
-        """As `_save` left it. The input must stand at the positions that were saved."""
-        if folder.saved is None:
+    def resume(self) -> None:
+        """As `_save` left it, if it was ever called. The input must stand at the positions that were saved."""
+        folder = self._folder
+        if folder is None or folder.saved is None:
             return
         arrays, facts = folder.saved.arrays, folder.saved.facts
 

@@ -67,7 +67,6 @@ def write_results(
     *,
     title: str,
     sensors: Sequence[str] = (),
-    facts: Sequence[tuple[str, str]] = (),
     notes: Sequence[str] = (),
 ) -> pd.DataFrame:
     """metrics.csv, settings.toml and report.html beside `forecasts`; returns the metrics. sensors: those that the report shows."""
@@ -78,7 +77,7 @@ def write_results(
     shown = _shown(metrics, outcome.matching.series_names, sensors)
     report = Report(
         title=title,
-        facts=[*facts, *_facts(outcome)],
+        facts=_facts(outcome),
         metrics=metrics,
         levels=shape.levels,
         step_ms=rule.hop_ms,

@@ -44,7 +44,7 @@ class Statistical:
             known: Any = importlib.import_module("statsforecast.models")
         except ImportError as error:
             raise DeploymentError(
-                f"{', '.join(names)} come from statsforecast, which is not installed ({error}); pip install 'millrace[stats]'"
+                f"{', '.join(names)} come from statsforecast, which is not installed ({error}); pip install statsforecast"
             ) from None
         for name in names:
             if name not in known.__all__:

@@ -36,6 +36,9 @@ log = logging.getLogger(__name__)
 
 LOOKS_A_PERIOD: Final = 8
 """How often in a retraining period it is asked whether something is due, at most once a step."""
+NO_BETTER: Final = (
+    "the model did not beat the baselines on the newest part of what it was trained on, which was held back"
+)
 _CHANGE: Final = "change"
 Tell = Callable[[TrainingProgress], None]
 
@@ -52,6 +55,8 @@ class Change:
     reason: str
     """One sentence."""
     trigger: str = ""
+    note: str = ""
+    """What whoever reads the figures should know of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +105,13 @@ class Timeline:
         self.changes: list[Change] = []
         self.journal: list[bytes] = []
         """What `resume` is told, line by line; whoever keeps it takes the lines away."""
+        self.learned_to_ms: int | None = None
+        """Event time up to which a model that was given has seen the data; None: not known."""
+
+    @property
+    def identity(self) -> str:
+        """Of a model that was given: another one makes another backtest."""
+        return ""
 
     @property
     def specs(self) -> Sequence[SeriesSpec]:
@@ -142,10 +154,13 @@ class Given(Timeline):
     """The same model all the time; None: the baseline."""
 
     def __init__(self, shelf: Shelf, model: Model | None, learned_to_ms: int | None = None) -> None:
-        """learned_to_ms: event time up to which the model has seen the data, None: not known."""
         super().__init__(shelf)
         self._model = shelf.put(model) if model else None
         self.learned_to_ms = learned_to_ms
+
+    @property
+    def identity(self) -> str:
+        return self._model.version if self._model else ""
 
     @property
     def specs(self) -> Sequence[SeriesSpec]:
@@ -171,7 +186,6 @@ class Fresh(Timeline):
         self._at_end = at_end
         self._settings, self._core, self._until_ms, self._tell = settings, core, until_ms, tell
         self._history: History | None = History(core, settings.retraining.max_steps)
-        self.beats_baselines = True
 
     @property
     def history(self) -> History | None:
@@ -182,8 +196,7 @@ class Fresh(Timeline):
 
     def observe(self, task: ForecastTask, output: TaskOutput) -> None:
         if self._history is not None:
-            self._history.add(task, output.steps)
-            self._history.readings += output.counts.readings
+            _remember(self._history, task, output)
 
     def arrive(self, boundary_ms: int, more: bool) -> Model | None:
         if not (more or self._at_end):
@@ -203,9 +216,9 @@ class Fresh(Timeline):
         model = self.shelf.put(trained.model.forecaster)
         shutil.rmtree(self.shelf.folder / model.version, ignore_errors=True)
         folder.rename(self.shelf.folder / model.version)
-        self.beats_baselines = trained.beats_baselines
         reason = f"trained on {len(sequences):,} steps of {len(history.sensors):,} sensors"
-        self.changes.append(Change(boundary_ms, "trained", model.version, reason))
+        note = "" if trained.beats_baselines else NO_BETTER
+        self.changes.append(Change(boundary_ms, "trained", model.version, reason, note=note))
         return model
 
     def finish(self) -> None:
@@ -231,7 +244,7 @@ class Scheduled(Timeline):
         step_ms = int(settings.windows.hop_ms)
         every_ms = settings.retraining.every_ms or LOOKS_A_PERIOD * step_ms
         self._look_ms = max(int(every_ms) // LOOKS_A_PERIOD // step_ms, 1) * step_ms
-        self._serving, self._previous = "", ""
+        self._serving = ""
 
     @property
     def history(self) -> History | None:
@@ -241,7 +254,7 @@ class Scheduled(Timeline):
         return (next_reading_ms // self._look_ms + 1) * self._look_ms
 
     def observe(self, task: ForecastTask, output: TaskOutput) -> None:
-        self._history.add(task, output.steps)
+        _remember(self._history, task, output)
         for value in encode_scores(output.scores, "scores").values:
             self.journal.append(value or b"")
             self._learner.observe(decode_score(value or b""))
@@ -264,13 +277,10 @@ class Scheduled(Timeline):
         except DeploymentError as error:
             self._note(Change(due.until_ms, "failed", "", f"{due.reason}; {error}", due.trigger))
             return None
-        promoted = outcome.verdict.promoted
-        reason = f"{due.reason}; {outcome.verdict.reason}"
-        kind = "promoted" if promoted else "refused"
-        if not promoted:
-            self._note(Change(due.until_ms, kind, outcome.version, reason, due.trigger))
-            return None
-        model = self.shelf.store(outcome.model.forecaster, outcome.manifest, outcome.body)
+        model = None
+        if outcome.verdict.promoted:
+            model = self.shelf.store(outcome.model.forecaster, outcome.manifest, outcome.body)
+        kind, reason = "promoted" if model else "refused", f"{due.reason}; {outcome.verdict.reason}"
         self._note(Change(due.until_ms, kind, outcome.version, reason, due.trigger))
         return model
 
@@ -288,11 +298,11 @@ class Scheduled(Timeline):
 
     def _hear(self, change: Change) -> None:
         if change.kind == "promoted":
-            self._serving, self._previous = change.version, self._serving
-            self._learner.champion(self._serving, self._previous, change.time_ms)
+            self._learner.champion(change.version, self._serving, change.time_ms)
+            self._serving = change.version
         elif change.kind == "rolled-back":
-            self._serving, self._previous = change.version, ""
-            self._learner.champion(self._serving, "", change.time_ms)
+            self._learner.champion(change.version, "", change.time_ms)
+            self._serving = change.version
         self._learner.decided(change.time_ms, trained=change.kind != "rolled-back")
 
     def resume(self, changes: Sequence[Change], journal: Iterable[bytes], positions: Mapping[int, int]) -> None:
@@ -344,6 +354,11 @@ class Recorded(Timeline):
         super().resume(changes, journal, positions)
         for partition, position in positions.items():
             self._ahead[partition] = [swap for swap in self._ahead[partition] if swap.offset >= position]
+
+
+def _remember(history: History, task: ForecastTask, output: TaskOutput) -> None:
+    history.add(task, output.steps)
+    history.readings += output.counts.readings
 
 
 def _serving_at(swaps: Sequence[Swap], offset: int) -> str:

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from pipeline.service.backtest import Question, of_topic
+from pipeline.service.backtest import of_topic
 from pipeline.service.matching import SERVICE, level_column
+from pipeline.service.question import Question
 from pipeline.settings import Settings
 from tests.chaos.oracle import Findings, Forecast, compare_keys, largest_difference
 

@@ -13,8 +13,9 @@ from kafka import KafkaProducer
 
 from pipeline.errors import DeploymentError, SettingsError
 from pipeline.service import passage
-from pipeline.service.backtest import Answer, Question, Watcher, of_file, of_topic
+from pipeline.service.backtest import Answer, Watcher, of_file, of_topic
 from pipeline.service.files import FileLayout
+from pipeline.service.question import Question
 from pipeline.settings import Settings
 from tests.helpers.broker import RunningBroker, produce_records
 from tests.helpers.streams import HOUR, START, fleet

@@ -15,12 +15,14 @@ from pipeline.errors import DeploymentError, SettingsError
 from pipeline.service import backtest as module
 from pipeline.service import passage
 from pipeline.service.assembly import task_settings
-from pipeline.service.backtest import Answer, Question, Watcher, backtest, matching_for, of_file
+from pipeline.service.backtest import Answer, Watcher, backtest, matching_for, of_file
 from pipeline.service.files import FileLayout
 from pipeline.service.inputs import FileInput
 from pipeline.service.keeping import Memory
 from pipeline.service.matching import Kept
+from pipeline.service.outlook import prepared
 from pipeline.service.passage import Passage, frame_of
+from pipeline.service.question import Question, epoch_ms
 from pipeline.service.results import metrics_frame
 from pipeline.service.timeline import Given, Shelf
 from pipeline.settings import Settings, load
@@ -95,9 +97,9 @@ class Seer:
 def passed(settings: Settings, frame: pd.DataFrame, model: Any, kept: Kept = Kept()) -> tuple[Any, pd.DataFrame]:  # noqa: B008
     """Matching and long frame of a model that answers all the time."""
     core = task_settings(settings)
-    data = module.prepared(settings, [frame], LONG, Question(), Watcher())
+    data = prepared(settings, [frame], LONG, None, None, lambda text: None)
     timeline = Given(Shelf(Path("nowhere")), model)
-    matching, keeper = matching_for(core, timeline, kept, Question()), Memory()
+    matching, keeper = matching_for(core, timeline, kept), Memory()
     source = FileInput(data.read(None), core.format.fields, "frame")
     Passage(settings, source, timeline, matching, keeper).run()
     return matching, frame_of(keeper.tables, matching.shape.schema)
@@ -291,14 +293,14 @@ def test_a_time_after_the_end_is_no_time_to_train_until(settings: Settings) -> N
 
 @pytest.mark.parametrize("moment", ["2025-01-05", pd.Timestamp("2025-01-05"), 1_736_035_200, 1_736_035_200_000])
 def test_a_time_may_be_written_in_any_way(moment: Any) -> None:
-    assert module._epoch_ms(moment) == 1_736_035_200_000
+    assert epoch_ms(moment) == 1_736_035_200_000
 
 
 def test_no_time_is_refused() -> None:
     with pytest.raises(SettingsError, match="is no time"):
-        module._epoch_ms(pd.NaT)
+        epoch_ms(pd.NaT)
     with pytest.raises(SettingsError, match="'soon' is no time"):
-        module._epoch_ms("soon")
+        epoch_ms("soon")
 
 
 def test_arguments_go_over_settings(settings: Settings) -> None:

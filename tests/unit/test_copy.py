@@ -17,6 +17,7 @@ from pipeline.service import copy as copying
 from pipeline.service.copy import FETCHES_AHEAD, Merge, MergedRecords, RecordCopier, TimeRange, find_spans, read
 from pipeline.service.replay import NO_TIME, READINGS_AT_ONCE, at_pace
 from pipeline.stream.columns import RecordColumns
+from tests.helpers.clock import Wall
 
 Record = tuple[int, int, bytes | None, bytes | None, Sequence[tuple[str, bytes | None]]]
 """(offset, timestamp_ms, key, value, headers)."""
@@ -161,18 +162,6 @@ def test_while_too_many_bytes_wait_only_partitions_without_any_are_read_on(monke
     merge.add(records_of([50], 0))
     assert merge.take() is None
     assert merge.wanted == {1}
-
-
-class Wall:
-    """A clock that moves only when somebody sleeps."""
-
-    def __init__(self, stop_after: float = 1e9) -> None:
-        self.seconds = 100.0
-        self.stop_after = self.seconds + stop_after
-
-    def sleep(self, seconds: float) -> bool:
-        self.seconds += seconds
-        return self.seconds >= self.stop_after
 
 
 def test_at_a_speed_each_record_leaves_when_its_time_has_come_whatever_its_partition():

@@ -19,6 +19,7 @@ from pipeline.service.files import FileBatch, FileError, FileLayout, LayoutError
 from pipeline.service.replay import READINGS_AT_ONCE, ReadingEncoder, check_speed, encode_values, paced
 from pipeline.stream.columns import RecordColumns
 from pipeline.stream.serdes import ReadingDecoder, ReadingFormat
+from tests.helpers.clock import Wall
 
 HOUR = 3_600_000
 START = 1_467_331_200_000  # 2016-07-01T00:00Z
@@ -458,18 +459,6 @@ def test_a_time_before_1970_is_refused_since_no_record_can_bear_it():
     batch = FileBatch(["a"], np.zeros(1, np.int32), np.array([-1]), np.ones((1, 1)), ("value",))
     with pytest.raises(FileError, match=r"1969-12-31.*before 1970"):
         ReadingEncoder("t", Partitioner(1)).encode(batch)
-
-
-class Wall:
-    """A clock that moves only when somebody sleeps."""
-
-    def __init__(self, stop_after: float = 1e9) -> None:
-        self.seconds = 100.0
-        self.stop_after = self.seconds + stop_after
-
-    def sleep(self, seconds: float) -> bool:
-        self.seconds += seconds
-        return self.seconds >= self.stop_after
 
 
 def test_at_a_speed_each_reading_leaves_when_its_time_has_come():
