@@ -14,7 +14,8 @@ import numpy as np
 import pandas as pd
 
 from models.forecaster import SeriesSpec
-from models.seasonality import SeasonFound, estimate_seasons, estimate_step, regular
+from models.seasonality import MOST_STEPS, SeasonFound, estimate_seasons
+from models.steps import estimate_step, regular
 from pipeline.errors import DeploymentError
 from pipeline.service.assembly import task_settings
 from pipeline.service.files import READINGS_AT_ONCE, FileBatch, FileLayout, read_file
@@ -134,7 +135,7 @@ def look(batches: Iterable[FileBatch], step_ms: int | None = None) -> FileFacts:
             step_ms = estimate_step(times)
         except ValueError as error:
             raise DeploymentError(f"the step cannot be told from the file: {error}; set windows.size") from None
-        seasons = estimate_seasons(regular(times, values, step_ms), step_ms)
+        seasons = estimate_seasons(regular(times, values, step_ms, MOST_STEPS), step_ms)
     return FileFacts(fields, len(numbers), readings, first_ms, newest_ms, step_ms, tuple(seasons), behind)
 
 

@@ -1,7 +1,7 @@
-"""AutoETS, AutoARIMA and their kin beside the service, at the same cutoffs: statsforecast's, an extra (`millrace[stats]`).
+"""AutoETS, AutoARIMA and their kin beside the service, at the same cutoffs: statsforecast's, the extra `stats`.
 
 Each is fitted anew at every cutoff, on the newest steps of that sensor alone; missing values are filled forward. That is honest and slow
-(a tenth of a second a fit and more): keep every so many cutoffs only (`--stride`).
+(a quarter of a second a fit and more): keep every so many cutoffs only (`--stride`).
 
 Garza, F. et al. (2022), StatsForecast: lightning fast forecasting with statistical and econometric models, PyCon.
 """

@@ -197,9 +197,7 @@ def test_a_model_that_a_name_alone_does_not_make_is_refused(name: str, word: str
 
 def test_without_statsforecast_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "statsforecast.models", None)
-    with pytest.raises(
-        DeploymentError, match=r"AutoETS, Theta come from statsforecast.*pip install 'millrace\[stats\]'"
-    ):
+    with pytest.raises(DeploymentError, match=r"AutoETS, Theta come from statsforecast.*pip install statsforecast"):
         asked(("AutoETS", "Theta"))
 
 
