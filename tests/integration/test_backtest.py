@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 from kafka import KafkaProducer
 
 from pipeline.errors import DeploymentError, SettingsError
+from pipeline.kafka.source import RecordSource
 from pipeline.service import passage
+from pipeline.service.assembly import task_settings
 from pipeline.service.backtest import Answer, Watcher, of_file, of_topic
+from pipeline.service.feed import ModelFeed
 from pipeline.service.files import FileLayout
+from pipeline.service.history import from_topic
 from pipeline.service.question import Question
+from pipeline.service.versions import import_folder
 from pipeline.settings import Settings
 from tests.helpers.broker import RunningBroker, produce_records
 from tests.helpers.streams import HOUR, START, fleet
-from tests.integration.test_worker import make_settings
+from tests.helpers.workers import running_worker
+from tests.integration.test_worker import forecasts, make_settings
 
 NEVER = "9000d"
 """Retraining so seldom: the baseline answers."""
@@ -133,6 +141,49 @@ def test_partitions_that_are_apart_in_the_log_come_together_where_a_model_is_tra
     assert set(frame["model_version"]) == {change.version}
     assert frame.groupby("unique_id")["ds"].min().eq(pd.Timestamp(until_ms, unit="ms")).all()
     assert frame["unique_id"].nunique() == 8
+
+
+@pytest.mark.keras
+def test_a_month_of_a_live_run_is_repeated_by_default(
+    broker: RunningBroker, settings: Settings, tmp_path: Path
+) -> None:
+    hours, since = 90, START + 60 * HOUR
+    past = fleet(8, 80, per_hour=1, seed=1)
+    frame = pd.DataFrame([{"unique_id": key.decode(), **json.loads(value)} for key, value in past])
+    fit_on = FileLayout("ts", ("value",), "unique_id")
+    asked = Question(train_until_ms=START + 70 * HOUR, out=tmp_path / "fit")
+    (trained,) = of_file(settings, [frame], fit_on, asked).outcome.changes
+    stamped = [
+        {"key": key, "value": value, "timestamp_ms": json.loads(value)["ts"]} for key, value in fleet(8, hours, 1)
+    ]
+    produce_records(broker, settings.topics.readings_topic, stamped)
+    import_folder(settings, tmp_path / "fit" / "models" / trained.version, promote=True)
+    feed = ModelFeed(settings, task_settings(settings).spec)
+    try:
+        with running_worker(settings, feed.first(), feed=feed) as worker:
+            worker.run(threading.Event(), exit_at_end=True)
+    finally:
+        feed.close()
+    live = {
+        (sensor, said["issued_at"]): said
+        for sensor, of_sensor in forecasts(broker, settings).items()
+        for said in of_sensor
+        if said["issued_at"] >= since
+    }
+    frame = of_topic(settings, Question(start=since, lead_in_ms=2**60)).frame()
+    assert {said["model"] for said in live.values()} == {trained.version} == set(frame["model_version"])
+    assert len(frame) == 3 * len(live) > 3 * 8 * 25
+    for (sensor, cutoff), rows in frame.groupby(["unique_id", "cutoff"]):
+        said = live[sensor, int(cutoff.timestamp() * 1000) + HOUR]
+        for name, column in (("mean", "Millrace"), ("q0.1", "Millrace-q0.1"), ("q0.9", "Millrace-q0.9")):
+            np.testing.assert_allclose(rows[column], said["targets"]["value"][name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_topic_without_a_reading_has_no_history(broker: RunningBroker, settings: Settings) -> None:
+    with RecordSource(settings, settings.topics.readings_topic, group=False) as source:
+        history = from_topic(task_settings(settings), source, None, None)
+    with pytest.raises(DeploymentError, match="no closed window in the history: 0 readings were read"):
+        history.sequences()
 
 
 class Stopped(Exception):
