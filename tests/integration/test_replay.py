@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -49,6 +50,19 @@ def run(settings: Settings, *args: str) -> tuple[int, str, str]:
     return process.returncode, stdout, stderr
 
 
+def interrupted(process: subprocess.Popen[str], broker: RunningBroker, topic: str) -> dict[str, Any]:
+    """Ctrl-C once something has arrived; its summary."""
+    deadline = time.monotonic() + 60
+    while not read_all(broker, topic):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    [summary] = json.loads(stdout)
+    return summary
+
+
 def wide_file(folder: Path, rows: int = 200) -> Path:
     lines = [f"{START // 1000 + n},{n}.5,{'' if n % 10 == 3 else n * 2}" for n in range(rows)]
     path = folder / "wide.csv"
@@ -81,14 +95,7 @@ def test_ctrl_c_ends_it_with_130_and_says_what_was_sent(broker, settings, tmp_pa
     process = start(
         settings, str(path), "--time-column", "when", "--value-columns", "*", "--speed", "20", "--format", "json"
     )
-    deadline = time.monotonic() + 60
-    while not read_all(broker, settings.topics.readings_topic):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    [summary] = json.loads(stdout)
+    summary = interrupted(process, broker, settings.topics.readings_topic)
     assert 0 < summary["records"] < 4000
     assert summary["records"] == len(read_all(broker, settings.topics.readings_topic))
 
@@ -198,14 +205,7 @@ def test_ctrl_c_ends_a_copy_with_130_and_says_what_was_sent(broker, settings):
     target = make_topic(broker, f"{settings.topics.domain}.copy", 3)
     arguments = ("--from-topic", settings.topics.readings_topic, "--topic", target, "--speed", "20")
     process = start(settings, *arguments, "--format", "json")
-    deadline = time.monotonic() + 60
-    while not read_all(broker, target):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    [summary] = json.loads(stdout)
+    summary = interrupted(process, broker, target)
     copied = sorted(int(record.value) for record in read_all(broker, target))
     assert 0 < summary["records"] == len(copied) < 3000
     assert copied == list(range(len(copied)))  # by time across the partitions, and none left out on the way
