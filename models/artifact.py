@@ -17,9 +17,9 @@ from typing import Any
 
 from models.evaluation import Figures
 from models.feedforward import FeedForward
-from models.forecaster import SeriesSpec
+from models.forecaster import Model, SeriesSpec
 from models.rnn import Network, RNNForecaster, load_tensorflow
-from models.training import Neural, TrainedModel
+from models.training import TrainedModel, in_profile
 
 FORMAT = 2
 """2: networks see values around their local level; weights of format 1 were trained on other inputs."""
@@ -53,7 +53,7 @@ def save(folder: Path, model: TrainedModel, figures: Sequence[Figures] = ()) -> 
     return manifest
 
 
-def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()) -> Neural:
+def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()) -> Model:
     """The forecaster, ready to advance. expect: the series it is to serve; None = whatever it was trained on. own: names of
     the spec in which it may differ.
 
@@ -73,7 +73,7 @@ def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()
         )
     forecaster = KINDS[manifest["architecture"]["kind"]]
     net = Network(_load_keras(path), spec)
-    return forecaster(net, version=manifest["version"], warmup_steps=manifest["warmup_steps"])
+    return in_profile(forecaster(net, version=manifest["version"], warmup_steps=manifest["warmup_steps"]))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -9,7 +9,7 @@ block   c0
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ class Block:
     def pick(self, column: NDArray[Any]) -> NDArray[Any]:
         """(m, ...) -> (B, T, ...); padding holds whatever step 0 holds."""
         return column[self.index]
+
+    def shifted(self, places: int) -> Block:
+        """Of steps that are a stretch of others, and begin so many places later there."""
+        return replace(self, index=self.index + places) if places else self
 
     def positions(self) -> NDArray[np.int64]:
         """Positions of the live steps, in the order in which `output[block.live]` lists them."""

@@ -8,7 +8,7 @@ steps were cut into blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -27,8 +27,21 @@ CLIP = 8.0
 LARGEST = 1e37
 """Values are held within what float32 outputs can carry; squares stay far inside float64."""
 LEAD_KNOTS = 8
+MEMORY_RING = "memory.ring"
 LOOK_BACK = 24
 """Steps, where there is no season."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ground:
+    """What a network builds on, where stages stand before it: their forecast, which it corrects."""
+
+    base: Float32
+    """(B, T, H, K) the stages' forecast: distance from the last value, in `unit`."""
+    unit: Float64
+    """(B, T, K) what the network counts in, > 0."""
+    inputs: Float32
+    """(B, T, F') what it is shown beside its own inputs."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,12 @@ class Context:
     history: Float32
     """(B, R + T, C) value - origin of the R steps before the block and of the block; NaN = missing or before the
     beginning."""
+    shared: Rows = field(default_factory=dict)
+    """State of the partition as a whole, to be read."""
+    ground: Ground | None = None
+
+    def on(self, ground: Ground) -> Context:
+        return replace(self, ground=ground)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -112,12 +131,7 @@ class Context:
 
     def calendar(self) -> Float32:
         """(B, T, 2 * seasons) sine and cosine of the window end's phase in each season."""
-        period_ms = np.array([season * self.spec.step_ms for season in self.spec.seasons], np.int64)
-        phase = (
-            2 * np.pi * (self.end_ms[..., None] % period_ms) / period_ms
-            if len(period_ms)
-            else np.empty((*self.shape, 0))
-        )
+        phase = season_phase(self.spec, self.end_ms)
         return np.concatenate([np.sin(phase), np.cos(phase)], axis=2, dtype=np.float32, casting="same_kind")
 
     def window(self, steps: int) -> Float32:
@@ -155,14 +169,14 @@ class SeriesMemory:
         return (
             # The ring is kept as float32 distances from a float64 origin: half the bytes, and 1e9 + small keeps its
             # small part.
-            Column("memory.ring", (self.ring_steps, channels), np.dtype(np.float32), fill=np.nan),
+            Column(MEMORY_RING, (self.ring_steps, channels), np.dtype(np.float32), fill=np.nan),
             Column("memory.origin", (channels,), np.dtype(np.float64), fill=np.nan),
             Column("memory.last", (len(self.spec.targets),), np.dtype(np.float64), fill=np.nan),
             Column("memory.steps", (), np.dtype(np.int32)),
             *self.scaling.columns(),
         )
 
-    def advance(self, rows: Rows, block: StepBlock) -> Context:
+    def advance(self, rows: Rows, block: StepBlock, shared: Rows | None = None) -> Context:
         """Consume a block: rows are updated in place, the Context says what was known at each step."""
         observed = np.isfinite(block.values) & block.live[..., None]
         values = np.where(observed, np.clip(block.values, -LARGEST, LARGEST), np.nan)
@@ -171,14 +185,18 @@ class SeriesMemory:
         origin[:] = np.where(np.isnan(origin), _first(values, observed), origin)
         history = self._remember(rows, values - origin[:, None], block.live)
         targets = list(self.spec.targets)
-        last = _carried(rows["memory.last"], values[..., targets], observed[..., targets])
+        last = carried_forward(rows["memory.last"], values[..., targets], observed[..., targets])
         rows["memory.last"][:] = last[:, -1]
         last[~block.live] = np.nan
         steps = rows["memory.steps"][:, None] + np.cumsum(block.live, axis=1, dtype=np.int32)
         rows["memory.steps"][:] = steps[:, -1]
-        return Context(self.spec, block.end_ms, values, observed, last, mean, scale, steps, origin, history)
+        return Context(
+            self.spec, block.end_ms, values, observed, last, mean, scale, steps, origin, history, shared or {}
+        )
 
-    def recall(self, rows: Rows, end_ms: NDArray[np.int64], most: int) -> tuple[StepBlock, Context]:
+    def recall(
+        self, rows: Rows, end_ms: NDArray[np.int64], most: int, shared: Rows | None = None
+    ) -> tuple[StepBlock, Context]:
         """The last steps once more, at most `most` of them and those since the last reset, for a forecaster that has not
         seen them. end_ms: (B,) end of each sensor's last step.
 
@@ -186,7 +204,7 @@ class SeriesMemory:
         ring = rows["memory.ring"]
         count = np.minimum(rows["memory.steps"], min(most, self.ring_steps - look_back(self.spec))).astype(np.int64)
         steps = max(1, int(count.max(initial=0)))
-        history = _moved_left(ring, steps - count)
+        history = moved_left(ring, steps - count)
         ordinal = np.arange(steps)
         live = ordinal < count[:, None]
         origin = rows["memory.origin"].copy()
@@ -206,6 +224,7 @@ class SeriesMemory:
             (rows["memory.steps"][:, None] - count[:, None] + ordinal + 1).astype(np.int32),
             origin,
             history,
+            shared or {},
         )
         return StepBlock(values, ends, live), context
 
@@ -214,7 +233,7 @@ class SeriesMemory:
         values = known[..., list(self.spec.targets)]
         observed = np.isfinite(values)
         before = np.where(observed.any(axis=1), np.nan, rows["memory.last"])
-        return _carried(before, values, observed)
+        return carried_forward(before, values, observed)
 
     def _remember(self, rows: Rows, distance: Float64, live: Bool) -> Float32:
         ring = rows["memory.ring"]
@@ -243,10 +262,18 @@ def lead_knots(horizon: int) -> tuple[int, ...]:
     return tuple(np.unique(np.round(np.linspace(1, horizon, min(horizon, LEAD_KNOTS))).astype(int)).tolist())
 
 
-def input_size(spec: SeriesSpec) -> int:
-    """F of `rnn_inputs`."""
+def season_phase(spec: SeriesSpec, end_ms: NDArray[np.int64]) -> Float64:
+    """(..., seasons) phase of each window's end in each season, 0 .. 2 pi."""
+    period_ms = np.array(spec.seasons, np.int64) * spec.step_ms
+    if not len(period_ms):
+        return np.empty((*end_ms.shape, 0))
+    return np.asarray(2 * np.pi * (end_ms[..., None] % period_ms) / period_ms)
+
+
+def input_size(spec: SeriesSpec, ground: int = 0) -> int:
+    """F of `rnn_inputs`. ground: inputs of a target's ground."""
     season = len(spec.targets) * len(lead_knots(spec.horizon)) + 1 if spec.seasons else 0
-    return 3 * len(spec.channels) + season + 2 * len(spec.seasons)
+    return 3 * len(spec.channels) + season + 2 * len(spec.seasons) + ground * len(spec.targets)
 
 
 def rnn_inputs(context: Context) -> Float32:
@@ -259,7 +286,10 @@ def rnn_inputs(context: Context) -> Float32:
         ahead = context.season_values(lead_knots(context.spec.horizon)) - context.last[:, :, None, :]
         parts.append(_clipped(ahead / context.scale[:, :, None, :]).reshape(batch, steps, -1))
         parts.append(context.season_known[..., None].astype(np.float32))
-    return np.concatenate([*parts, context.calendar()], axis=2)
+    parts.append(context.calendar())
+    if context.ground is not None:
+        parts.append(context.ground.inputs)
+    return np.concatenate(parts, axis=2)
 
 
 def scaled_inputs(spec: SeriesSpec) -> Bool:
@@ -298,7 +328,7 @@ def _window_sums(values: Float64, window: int) -> Float64:
     return sums[:, window - 1 :]
 
 
-def _moved_left(ring: Float32, places: NDArray[np.int64]) -> Float32:
+def moved_left(ring: Float32, places: NDArray[np.int64]) -> Float32:
     """(B, R, C) each row's steps so many places earlier; NaN comes in from the right."""
     if not places.any():
         return ring.copy()
@@ -314,7 +344,7 @@ def _first(values: Float64, observed: Bool) -> Float64:
     return np.asarray(np.take_along_axis(values, at, axis=1)[:, 0], np.float64)
 
 
-def _carried(before: Float64, values: Float64, observed: Bool) -> Float64:
+def carried_forward(before: Float64, values: Float64, observed: Bool) -> Float64:
     """(B, T, K) each step's value, or the newest observed one before it. before: (B, K)."""
     if values.shape[1] == 1:
         return np.where(observed, values, before[:, None])

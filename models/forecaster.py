@@ -53,6 +53,8 @@ class SeriesSpec:
     """Q levels, strictly ascending, inside (0, 1)."""
     seasons: tuple[int, ...] = ()
     """Season lengths in steps, ascending, each >= 2; empty if there is none."""
+    profile: str = "base"
+    """What stands around the network: "base" nothing, "lean" and "accuracy" a cascade (`models.cascade`)."""
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -81,6 +83,8 @@ class Prediction:
     """(B, T, H, K) point forecast. NaN where a target has never been observed, and in padding; finite elsewhere."""
     quantiles: NDArray[np.float32]
     """(B, T, H, K, Q), never decreasing along Q; NaN where the mean is."""
+    ground: Any = None
+    """What the network built on (`models.features.Ground`), where stages stand before it."""
 
 
 class Forecaster(Protocol):

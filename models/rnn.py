@@ -19,11 +19,12 @@ from numpy.typing import NDArray
 
 from models.features import Context, input_size, rnn_inputs, scaled_inputs
 from models.forecaster import Column, Prediction, Rows, SeriesSpec, StepBlock
+from models.lags import ground_size
 
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
-STEP_BUCKETS = (1, 8, 64)
+STEP_BUCKETS = (1, 8, 24, 64)
 ROW_BUCKETS = (1, 16, 64, 256, 1024, 4096)
 MAX_CELLS = 16384
 """Rows times steps of one call: beyond it the outputs leave the cache and nothing is gained."""
@@ -149,7 +150,7 @@ class Network:
 
     @property
     def compilations(self) -> int:
-        """How many shapes were compiled so far; at most 15 (`ROW_BUCKETS` x `STEP_BUCKETS` within `MAX_CELLS`), and as
+        """How many shapes were compiled so far; at most 20 (`ROW_BUCKETS` x `STEP_BUCKETS` within `MAX_CELLS`), and as
         many for `carry`."""
         return len(self.program.shapes)
 
@@ -248,7 +249,7 @@ def RecurrentNet(
         raise ValueError(f"cell={cell!r}: expected one of {', '.join(nets.CELLS)}")
     body = nets.StackedCells(cell, units, layers, name="cells")
     heads = build_heads(spec, dense, dropout)
-    return Network(nets.build(body, heads, features or input_size(spec), body.state_size), spec)
+    return Network(nets.build(body, heads, features or input_size(spec, ground_size(spec)), body.state_size), spec)
 
 
 def build_heads(spec: SeriesSpec, dense: int, dropout: float) -> Any:
@@ -274,10 +275,15 @@ class RNNForecaster:
         return (Column("rnn.hidden", (self.net.layers, self.net.state_size), np.dtype(np.float32)),)
 
     def advance(self, rows: Rows, block: StepBlock, context: Context) -> Prediction:
+        return in_original_units(*self.offsets(rows, block, context), context)
+
+    def offsets(self, rows: Rows, block: StepBlock, context: Context) -> tuple[Float32, Float32]:
+        """Mean (B, T, H, K) and quantiles (B, T, H, K, Q) as the network says them: distances from the last value in scale, or from
+        what stands before it in its unit."""
         state = rows["rnn.hidden"].transpose(1, 0, 2)
         mean, quantiles, after = self.net.unroll(self.inputs(context), block.live, state)
         rows["rnn.hidden"][:] = after.transpose(1, 0, 2)
-        return in_original_units(mean, quantiles, context)
+        return mean, quantiles
 
     def rebuild(self, rows: Rows, block: StepBlock, context: Context) -> None:
         """Run these steps through the network from an empty state, for the hidden state alone."""
@@ -290,7 +296,8 @@ class RNNForecaster:
 
     def scaled_inputs(self) -> Bool:
         """(F,) which of the inputs are distances in scale."""
-        return scaled_inputs(self.spec)
+        own = scaled_inputs(self.spec)
+        return np.concatenate([own, np.zeros(self.net.input_size - len(own), np.bool_)])
 
 
 def in_original_units(mean: Float32, quantiles: Float32, context: Context) -> Prediction:

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.blocks import Block, iter_blocks
+from models.cascade import Cascade
+from models.epochs import epochs
 from models.features import Context, SeriesMemory
 from models.forecaster import Column, Forecaster, Prediction, Rows, SeriesSpec
 from models.scaling import RunningScale
@@ -137,19 +139,45 @@ def walk(
 ) -> Iterator[tuple[Block, Context, list[Prediction]]]:
     """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty, but for the
     running scale (`Sequences.begin`). Each forecaster has
-    columns of its own, so that several may be of one kind."""
+    columns of its own, so that several may be of one kind; those that learn while they run see all sensors as one partition."""
     sensors = sequences.sensors
     shared = _Rows(memory.columns(), sensors, sequences.begin)
     own = [_Rows(forecaster.columns(), sensors) for forecaster in forecasters]
-    for block in iter_blocks(sequences.sensor, sequences.reset):
+    partitions = [_partition(forecaster) for forecaster in forecasters]
+    for block in _blocks(sequences, shared, list(zip(forecasters, own, partitions, strict=True))):
         steps = block.step_block(sequences.values, sequences.end_ms)
         with shared.of(block) as rows:
             context = memory.advance(rows, steps)
-        predictions = []
-        for forecaster, kept in zip(forecasters, own, strict=True):
-            with kept.of(block) as rows:
-                predictions.append(forecaster.advance(rows, steps, context))
+            predictions = []
+            for forecaster, kept, partition in zip(forecasters, own, partitions, strict=True):
+                with kept.of(block) as more:
+                    both = rows | more
+                    predictions.append(forecaster.advance(both, steps, replace(context, shared=partition)))
+                    more.update((name, both[name]) for name in more)
         yield block, context, predictions
+
+
+def _blocks(
+    sequences: Sequences, shared: _Rows, runners: Sequence[tuple[Forecaster, _Rows, Rows]]
+) -> Iterator[Block]:
+    """Sensor after sensor or, where somebody learns at the borders of epochs, epoch after epoch."""
+    cascades = [(cascade, own, at) for cascade, own, at in runners if isinstance(cascade, Cascade)]
+    if not cascades:
+        yield from iter_blocks(sequences.sensor, sequences.reset)
+        return
+    spec, epoch_steps = cascades[0][0].spec, cascades[0][0].epoch_steps
+    order = np.argsort(sequences.end_ms, kind="stable")
+    for number, span in epochs(sequences.end_ms[order], spec.step_ms, epoch_steps):
+        for cascade, own, partition in cascades:
+            cascade.teach(number, shared.table | own.table, partition)
+        at = order[span]
+        for block in iter_blocks(sequences.sensor[at], sequences.reset[at]):
+            yield replace(block, index=at[block.index])
+
+
+def _partition(forecaster: Forecaster) -> Rows:
+    columns = forecaster.partition_columns() if isinstance(forecaster, Cascade) else ()
+    return {column.name: np.full(column.shape, column.fill, column.dtype) for column in columns}
 
 
 class _Rows:
@@ -157,15 +185,15 @@ class _Rows:
 
     def __init__(self, columns: Sequence[Column], sensors: int, begin: Rows | None = None) -> None:
         self._columns = columns
-        self._table = begin_rows(columns, sensors, begin)
+        self.table = begin_rows(columns, sensors, begin)
 
     @contextmanager
     def of(self, block: Block) -> Iterator[Rows]:
         """The block's rows, to be stored back."""
-        rows = {name: column[block.sensors] for name, column in self._table.items()}
+        rows = {name: column[block.sensors] for name, column in self.table.items()}
         refill(rows, self._columns, block.reset)
         yield rows
-        for name, column in self._table.items():
+        for name, column in self.table.items():
             column[block.sensors] = rows[name]
 
 

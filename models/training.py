@@ -21,10 +21,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.cascade import Cascade
 from models.evaluation import Figures, evaluate
 from models.features import CLIP, SeriesMemory
 from models.feedforward import FeedForward, FeedForwardNet, default_window
-from models.forecaster import SeriesSpec
+from models.forecaster import Model, SeriesSpec
 from models.rnn import Network, RecurrentNet, RNNForecaster, load_tensorflow
 from models.sequences import Futures, Int64, Sequences, walk
 
@@ -72,6 +73,21 @@ class TrainingProgress:
     seconds: float
 
 
+def network_of(model: Model | None) -> Neural | None:
+    """What of a model is trained."""
+    found = model.network if isinstance(model, Cascade) else model
+    assert found is None or isinstance(found, RNNForecaster | FeedForward)
+    return found
+
+
+def in_profile(network: Neural) -> Model:
+    """The network as the profile of its spec has it: alone, or in a cascade."""
+    if network.spec.profile == "base":
+        return network
+    assert isinstance(network, RNNForecaster)
+    return Cascade(network.spec, network)
+
+
 @dataclass(frozen=True, slots=True)
 class TrainedModel:
     forecaster: Neural
@@ -92,6 +108,11 @@ class TrainedModel:
     @property
     def net(self) -> Network:
         return self.forecaster.net
+
+    @property
+    def in_service(self) -> Model:
+        """What answers: the network, with what the profile stands around it."""
+        return in_profile(self.forecaster)
 
 
 @dataclass(frozen=True)
@@ -170,7 +191,7 @@ def train(
 
 def figures(model: TrainedModel, sequences: Sequences, others: Sequence[Any] = ()) -> list[Figures]:
     """The model beside others on its holdout."""
-    return evaluate(sequences, [model.forecaster, *others], model.holdout_from_ms)
+    return evaluate(sequences, [model.in_service, *others], model.holdout_from_ms)
 
 
 def _untrained(
@@ -199,21 +220,29 @@ class Examples:
     def __init__(self, sequences: Sequences, spec: SeriesSpec, forecaster: Neural) -> None:
         self.sequences = sequences
         self.futures = Futures(sequences, spec)
+        cascade = Cascade.of(spec)
         self.inputs = np.empty((len(sequences), forecaster.net.input_size), np.float32)
         self.last = np.empty((len(sequences), len(spec.targets)))
         self.scale = np.empty_like(self.last)
+        self.base = np.zeros((len(sequences) if cascade else 1, spec.horizon, len(spec.targets)), np.float32)
+        """What stands before the network says: distances from the last value, in scale."""
         self.scaled = forecaster.scaled_inputs()
         """(F,) which inputs are distances in scale."""
-        for block, context, _ in walk(sequences, SeriesMemory(spec, forecaster.ring_steps)):
-            at = block.positions()
-            self.inputs[at] = forecaster.inputs(context)[block.live]
-            self.last[at] = context.last[block.live]
-            self.scale[at] = context.scale[block.live]
+        memory = SeriesMemory(spec, max(forecaster.ring_steps, cascade.ring_steps if cascade else 1))
+        for block, context, before in walk(sequences, memory, [cascade] if cascade else []):
+            at, live = block.positions(), block.live
+            if before:
+                context = context.on(before[0].ground)
+                self.base[at] = before[0].ground.base[live]
+            self.inputs[at] = forecaster.inputs(context)[live]
+            self.last[at] = context.last[live]
+            self.scale[at] = (before[0].ground.unit if before else context.scale)[live]
 
     def labels(self, position: Int64, until_ms: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """(*position.shape, H, K) (future - last) / scale, clipped; and where it is known up to `until_ms`."""
         future = self.futures.after(position, until_ms)
         label = (future - self.last[position][..., None, :]) / self.scale[position][..., None, :]
+        label -= self.base[position] if len(self.base) > 1 else self.base[0]
         known = np.isfinite(label)
         return np.where(known, np.clip(label, -LABEL_CLIP, LABEL_CLIP), 0.0).astype(np.float32), known
 
@@ -287,6 +316,11 @@ class _Run:
     def __post_init__(self) -> None:
         self._optimizer, self._step, self._loss = compile_steps(self.net, self.options.learning_rate)
 
+    @property
+    def _jitter(self) -> float:
+        """What a cascade leaves over is measured by a volatility that follows quickly: nothing to be prepared for."""
+        return SCALE_JITTER if self.net.spec.profile == "base" else 0.0
+
     def fit(self, warm: bool) -> tuple[list[dict[str, float]], int]:
         """-> what each epoch gave, and the epoch whose weights were kept; 0: those that it began with, if `warm`."""
         history: list[dict[str, float]] = []
@@ -312,7 +346,7 @@ class _Run:
         chunks = max(1.0, float((pieces.end - pieces.start).sum()) / options.chunk_steps)
         losses, labels, passed = [], 0.0, 0.0
         order = self.random.permutation(len(pieces.start))
-        for inputs, live in self._batches(pieces, order, self.stopping_from_ms, SCALE_JITTER):
+        for inputs, live in self._batches(pieces, order, self.stopping_from_ms, self._jitter):
             self._optimizer.learning_rate.assign(self._learning_rate(epoch - 1 + min(1.0, passed / chunks)))
             loss, self._state = self._step(*inputs)
             losses.append(float(loss))

@@ -334,8 +334,6 @@ def _check_forecast(settings: Settings, wrong: Wrong) -> None:
             wrong("forecast.season", f'multiples of windows.hop = "{hop}"; "{text}" is none')
     if list(forecast.season_ms) != sorted(set(forecast.season_ms)):
         wrong("forecast.season", "ascending lengths, each once")
-    if forecast.profile != "base":
-        wrong("forecast.profile", f'"base"; "{forecast.profile}" comes with a later version of Millrace')
 
 
 def _check_learning(settings: Settings, wrong: Wrong) -> None:

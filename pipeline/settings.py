@@ -303,7 +303,10 @@ class ForecastSettings(Section, frozen=True):
         ),
     ] = field(name="season", default=(parse_duration("24h"),))
     profile: Annotated[
-        Literal["base", "lean", "accuracy"], Meta(description="What stands around the RNN; this version has `base`.")
+        Literal["base", "lean", "accuracy"], Meta(
+            description="What stands around the RNN: `base` nothing; `lean` stages that learn online (docs/accuracy.md), so that there are good "
+            "forecasts before there is a trained model; `accuracy` more of them."
+        ),
     ] = "base"
     warmup_steps: Annotated[int, Meta(description="Steps of a sensor before the model answers for it.", ge=0)] = field(
         name="warmup", default=12

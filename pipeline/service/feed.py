@@ -14,9 +14,9 @@ import threading
 from pathlib import Path
 
 from models.artifact import MANIFEST_FILE, MODEL_FILE, ArtifactError, load
-from models.forecaster import SeriesSpec
+from models.forecaster import Model, SeriesSpec
 from models.rnn import ROW_BUCKETS
-from models.training import Neural
+from models.training import network_of
 from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.registry import RegistryReader
 from pipeline.service.assembly import task_settings
@@ -40,14 +40,14 @@ class ModelFeed:
         self._spec = spec
         self._metrics = metrics
         self._reader = RegistryReader(settings)
-        self._ready: Neural | None = None
-        self._newest: Neural | None = None
+        self._ready: Model | None = None
+        self._newest: Model | None = None
         self._tried = ""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="millrace: models", daemon=True)
 
-    def first(self) -> Neural | None:
+    def first(self) -> Model | None:
         """The champion as it is now; None while there is none. Raises DeploymentError where it cannot be served."""
         self._reader.catch_up()
         champion = self._reader.view.champion
@@ -60,7 +60,7 @@ class ModelFeed:
     def start(self) -> None:
         self._thread.start()
 
-    def take(self) -> Neural | None:
+    def take(self) -> Model | None:
         """The newest champion that is ready and has not been taken yet."""
         with self._lock:
             ready, self._ready = self._ready, None
@@ -105,14 +105,16 @@ class ModelFeed:
             self._ready = self._newest = model
         log.info("model %s is ready", champion.version)
 
-    def _warm_up(self, model: Neural) -> None:
+    def _warm_up(self, model: Model) -> None:
         """Compile what the service has called so far, and what taking over calls."""
-        if self._newest is not None:
-            model.net.warm_up_like(self._newest.net)
-        model.net.warm_up_carry(ROW_BUCKETS, self._settings.model.rewarm_steps)
+        network, before = network_of(model), network_of(self._newest)
+        assert network is not None
+        if before is not None:
+            network.net.warm_up_like(before.net)
+        network.net.warm_up_carry(ROW_BUCKETS, self._settings.model.rewarm_steps)
 
 
-def load_version(reader: RegistryReader, version: str, spec: SeriesSpec) -> Neural:
+def load_version(reader: RegistryReader, version: str, spec: SeriesSpec) -> Model:
     """A version of the registry, verified. Raises DeploymentError: its bytes are missing or altered, or it was made for another
     series than `spec` (whose horizon and quantiles do not matter)."""
     manifest = reader.view.resolve(version).manifest

@@ -11,10 +11,10 @@ from typing import Any
 from models.artifact import MODEL_FILE, save
 from models.baselines import LastValue, SeasonalNaive
 from models.evaluation import Figures, evaluate
-from models.forecaster import Forecaster, SeriesSpec
+from models.forecaster import Forecaster, Model, SeriesSpec
 from models.gate import GateRule, Verdict, judge
 from models.sequences import Sequences
-from models.training import Neural, TrainedModel, TrainingError, TrainingProgress, figures, train
+from models.training import Neural, TrainedModel, TrainingError, TrainingProgress, figures, network_of, train
 from pipeline.errors import DeploymentError
 from pipeline.settings import Settings
 
@@ -74,7 +74,7 @@ def challenge(
     settings: Settings,
     spec: SeriesSpec,
     sequences: Sequences,
-    champion: Neural | None,
+    champion: Model | None,
     progress: Callable[[TrainingProgress], None] | None = None,
     changed_ms: int | None = None,
 ) -> Challenge:
@@ -85,10 +85,10 @@ def challenge(
     new behaviour must have seen some of it.
 
     Raises DeploymentError where the history is too short to train on."""
-    trained = _train(settings, spec, sequences, champion, progress, _holdout(settings, sequences, changed_ms))
+    trained = _train(settings, spec, sequences, network_of(champion), progress, _holdout(settings, sequences, changed_ms))
     compares = champion is not None and champion.spec == spec
     others: list[Forecaster] = [*([champion] if champion is not None and compares else []), *_baselines(spec)]
-    own, *rest = evaluate(sequences, [trained.forecaster, *others], trained.holdout_from_ms)
+    own, *rest = evaluate(sequences, [trained.in_service, *others], trained.holdout_from_ms)
     own = replace(own, name=CHALLENGER)
     served = replace(rest.pop(0), name=CHAMPION) if compares else None
     retraining = settings.retraining

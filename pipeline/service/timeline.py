@@ -213,7 +213,7 @@ class Fresh(Timeline):
             ) from None
         folder = self.shelf.folder / "trained"
         trained = fit(self._settings, self._core.spec, sequences, folder, self._tell)
-        model = self.shelf.put(trained.model.forecaster)
+        model = self.shelf.put(trained.model.in_service)
         shutil.rmtree(self.shelf.folder / model.version, ignore_errors=True)
         folder.rename(self.shelf.folder / model.version)
         reason = f"trained on {len(sequences):,} steps of {len(history.sensors):,} sensors"
@@ -279,7 +279,7 @@ class Scheduled(Timeline):
             return None
         model = None
         if outcome.verdict.promoted:
-            model = self.shelf.store(outcome.model.forecaster, outcome.manifest, outcome.body)
+            model = self.shelf.store(outcome.model.in_service, outcome.manifest, outcome.body)
         kind, reason = "promoted" if model else "refused", f"{due.reason}; {outcome.verdict.reason}"
         self._note(Change(due.until_ms, kind, outcome.version, reason, due.trigger))
         return model

@@ -24,7 +24,8 @@ import msgspec
 from prometheus_client import CollectorRegistry
 
 from models.rnn import load_tensorflow
-from models.training import Neural, TrainingProgress
+from models.forecaster import Model
+from models.training import TrainingProgress
 from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.lineage import (
     Decision,
@@ -435,7 +436,7 @@ class _Job:
         spec = task_settings(settings).spec
         return challenge(settings, spec, sequences, self._champion(), self._show, self.due.changed_ms)
 
-    def _champion(self) -> Neural | None:
+    def _champion(self) -> Model | None:
         if not self.champion:
             return None
         with RegistryReader(self.settings) as reader:

@@ -1,8 +1,11 @@
 """Steps to forecasts: the sensors' rows are gathered, run through memory, baseline and model side by side, and stored back.
 
+In the profiles `lean` and `accuracy` the model is a cascade, with a trained network in it or without one. It learns while it runs: before
+the first step of each epoch all sensors of the partition have a lesson, from what has matured.
+
 Who answers, and what the status says of it:
 
-    baseline   there is no model, or what it says is not finite: the baseline answers
+    baseline   there is no model (or, in a cascade, nothing was learned yet), or what it says is not finite: the baseline answers
     warming    the sensor's state is younger than the model's warm-up, or was reset: the baseline answers
     stale      the model answers, but the window it consumed last held no reading
     ok         the model answers
@@ -10,7 +13,7 @@ Who answers, and what the status says of it:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +21,9 @@ from numpy.typing import NDArray
 
 from models.baselines import LastValue, SeasonalNaive
 from models.blocks import Block, iter_blocks
-from models.features import SeriesMemory, look_back
+from models.cascade import Cascade
+from models.epochs import epochs
+from models.features import MEMORY_RING, SeriesMemory, look_back
 from models.forecaster import Column, Forecaster, Model, Prediction, SeriesSpec, StepBlock
 from pipeline.stream.columns import BASELINE, OK, STALE, WARMING, Bool, Float32, Float64, Int32, Int64, Steps
 from pipeline.stream.scoring import Scorer, default_leads
@@ -76,36 +81,65 @@ class Forecasting:
         if model is not None:
             require_series(model.spec, spec)
         self.spec = spec = model.spec if model else spec
-        self.memory = SeriesMemory(spec, look_back(spec) + self._rewarm_steps)
+        self.model = model
+        self.cascade = model if isinstance(model, Cascade) else Cascade.of(spec)
+        ring_steps = self.cascade.ring_steps if self.cascade else 1
+        self.memory = SeriesMemory(spec, max(look_back(spec) + self._rewarm_steps, ring_steps))
         self.baseline: Forecaster = SeasonalNaive(spec) if spec.seasons else LastValue(spec)
         self.beside = [self.baseline if isinstance(self.baseline, kind) else kind(spec) for kind in self._kinds]
-        self.model = model
         self.scorer = Scorer(
             spec, [lead for lead in self._leads if lead <= spec.horizon] or default_leads(spec.horizon)
         )
 
+    @property
+    def speaker(self) -> Model | None:
+        """Who answers, if not the baseline: the trained model, or a cascade that is still without one."""
+        return self.model or self.cascade
+
+    @property
+    def version(self) -> str:
+        """Of who answers."""
+        return (self.speaker or self.baseline).version
+
     def columns(self) -> tuple[Column, ...]:
-        return (*self.lasting_columns(), *self.model_columns())
+        online = self.cascade.online_columns() if self.cascade else ()
+        return (*self.memory.columns(), *self._baseline_columns(), *online, *self.model_columns())
+
+    def partition_columns(self) -> tuple[Column, ...]:
+        return self.cascade.partition_columns() if self.cascade else ()
 
     def lasting_columns(self) -> tuple[Column, ...]:
-        """What no change of the model touches."""
-        own = [forecaster for forecaster in self.beside if forecaster is not self.baseline]
-        return (
-            *self.memory.columns(),
-            *self.baseline.columns(),
-            *(column for forecaster in own for column in forecaster.columns()),
-        )
+        """What no change of the model touches. Where there is a cascade, its horizon says how far back is remembered."""
+        memory = [column for column in self.memory.columns() if self.cascade is None or column.name != MEMORY_RING]
+        return (*memory, *self._baseline_columns())
 
     def model_columns(self) -> tuple[Column, ...]:
         """Those that another model brings in another shape, or begins anew."""
-        return (*self.scorer.columns(), *(self.model.columns() if self.model else ()))
+        trained = self.cascade.network_columns() if self.cascade else self.model.columns() if self.model else ()
+        return (*self.scorer.columns(), *trained)
+
+    def _baseline_columns(self) -> tuple[Column, ...]:
+        own = [forecaster for forecaster in self.beside if forecaster is not self.baseline]
+        return tuple(column for forecaster in (self.baseline, *own) for column in forecaster.columns())
 
     def swap(self, model: Model | None, table: SensorTable, end_ms: Int64) -> None:
-        """Another model from here on: its columns are filled by running the steps that are remembered of each sensor through it.
-        end_ms: (sensors) end of each sensor's last step. What the old one had said of steps to come is not scored."""
-        gone = [column.name for column in self.model_columns()]
+        """Another model from here on: its columns are filled by running the steps that are remembered of each sensor through it; what a
+        cascade has learned goes on. end_ms: (sensors) end of each sensor's last step. What the old one had said of steps to come is not
+        scored."""
+        before, shared = {column.name: column for column in self.columns()}, self.partition_columns()
+        online = self.cascade.online_columns() if self.cascade else ()
+        ring = table[MEMORY_RING].copy()
         self._set_model(self.spec, model)
-        table.replace_columns(gone, self.model_columns())
+        begun = {column.name for column in self.model_columns()}
+        learned = self.cascade.online_columns() if self.cascade else ()
+        if (learned, self.partition_columns()) != (online, shared):  # another horizon: what was learned was learned for others
+            begun |= {column.name for column in learned}
+            table.replace_partition_columns([column.name for column in shared], self.partition_columns())
+        kept = {column.name for column in self.columns() if before.get(column.name) == column} - begun
+        table.replace_columns(before.keys() - kept, [column for column in self.columns() if column.name not in kept])
+        if MEMORY_RING not in kept:
+            newest = min(ring.shape[1], self.memory.ring_steps)
+            table[MEMORY_RING][:, -newest:] = ring[:, -newest:]
         self._names = [column.name for column in self.columns()]
         if model is None or not self._rewarm_steps:
             return
@@ -113,8 +147,8 @@ class Forecasting:
         for first in range(0, len(awake), REBUILD_ROWS):
             slots = awake[first : first + REBUILD_ROWS]
             rows = table.gather(slots, self._names)
-            model.rebuild(rows, *self.memory.recall(rows, end_ms[slots], self._rewarm_steps))
-            table.scatter(slots, {column.name: rows[column.name] for column in model.columns()})
+            model.rebuild(rows, *self.memory.recall(rows, end_ms[slots], self._rewarm_steps, table.partition))
+            table.scatter(slots, {column.name: rows[column.name] for column in self.model_columns()})
         table.touch(awake, STEPS)
 
     def advance(self, steps: Steps, table: SensorTable) -> Answers:
@@ -130,9 +164,21 @@ class Forecasting:
             np.empty((m, *self.scorer.shape)),
             tuple(self._nothing_said(m) for _ in self.beside),
         )
-        for block in iter_blocks(steps.slot, steps.reset):
-            self._advance_block(block, steps, table, answers)
+        for span in self._between_lessons(steps, table):
+            for block in iter_blocks(steps.slot[span], steps.reset[span]):
+                self._advance_block(block.shifted(span.start), steps, table, answers)
         return answers
+
+    def _between_lessons(self, steps: Steps, table: SensorTable) -> Iterator[slice]:
+        """The steps, cut at the borders of epochs; the lessons are given there."""
+        if self.cascade is None:
+            yield slice(0, len(steps))
+            return
+        columns = {name: table[name] for name in self._names}
+        for number, span in epochs(steps.end_ms, self.spec.step_ms, self.cascade.epoch_steps):
+            taught = self.cascade.teach(number, columns, table.partition)
+            table.touch(taught, STEPS)
+            yield span
 
     def _nothing_said(self, m: int) -> Prediction:
         shape = (m, self.spec.horizon, len(self.spec.targets))
@@ -147,13 +193,13 @@ class Forecasting:
         if not live.all():
             values = np.where(live[:, :, None], values, np.nan)
         step_block = StepBlock(values, steps.end_ms[block.index], live)
-        context = self.memory.advance(rows, step_block)
+        context = self.memory.advance(rows, step_block, table.partition)
         prediction = baseline = self.baseline.advance(rows, step_block, context)
         status = np.full(live.shape, BASELINE, np.uint8)
         answered, speaks = None, np.zeros(live.shape, np.bool_)
-        if self.model is not None:
-            answered = self.model.advance(rows, step_block, context)
-            ready = context.steps >= self.model.warmup_steps
+        if self.speaker is not None:
+            answered = self.speaker.advance(rows, step_block, context)
+            ready = context.steps >= self.speaker.warmup_steps
             usable = _usable(answered, baseline)
             speaks = ready & usable
             prediction = _choose(speaks, answered, baseline)
@@ -175,7 +221,7 @@ class Forecasting:
 
 def require_series(found: SeriesSpec, expected: SeriesSpec) -> None:
     """Raises ValueError unless a model for `found` can serve what `expected` describes; horizon and quantiles are its own."""
-    for name in ("channels", "targets", "step_ms", "seasons"):
+    for name in ("channels", "targets", "step_ms", "seasons", "profile"):
         if getattr(found, name) != getattr(expected, name):
             raise ValueError(
                 f"the model was made for {name} = {getattr(found, name)!r}, the stream delivers {getattr(expected, name)!r}"

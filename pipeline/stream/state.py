@@ -73,9 +73,7 @@ class SensorTable:
         self._arrays = {name: _filled(column, capacity) for name, column in self.columns.items()}
         self._capacity = capacity
         self._changed = {family: np.zeros(capacity, np.bool_) for family in FAMILIES}
-        self.partition: dict[str, NDArray[Any]] = {
-            column.name: np.full(column.shape, column.fill, column.dtype) for column in partition_columns
-        }
+        self.partition: dict[str, NDArray[Any]] = {column.name: _filled_one(column) for column in partition_columns}
         """State of the partition as a whole; each value an array of the column's shape."""
 
     def __len__(self) -> int:
@@ -127,6 +125,12 @@ class SensorTable:
             self._arrays[column.name] = _filled(column, self._capacity)
         for flags in self._changed.values():
             flags[: len(self.sensors)] = True
+
+    def replace_partition_columns(self, gone: Iterable[str], new: Iterable[Column]) -> None:
+        """The same for the state of the partition as a whole."""
+        for name in gone:
+            del self.partition[name]
+        self.partition |= {column.name: _filled_one(column) for column in new}
 
     def touch(self, slots: Slots, *families: str) -> None:
         """Note that these rows have changed in these families; a slot may appear more than once."""
@@ -180,3 +184,7 @@ class SensorTable:
 
 def _filled(column: Column, rows: int) -> NDArray[Any]:
     return np.full((rows, *column.shape), column.fill, column.dtype)
+
+
+def _filled_one(column: Column) -> NDArray[Any]:
+    return np.full(column.shape, column.fill, column.dtype)

@@ -214,7 +214,7 @@ class ForecastTask(StepTask):
 
     def _empty_table(self) -> SensorTable:
         columns = (*self.windows.columns(), *self.forecasting.columns())
-        return SensorTable(columns, self.windows.partition_columns())
+        return SensorTable(columns, (*self.windows.partition_columns(), *self.forecasting.partition_columns()))
 
     def _forecasts(self, topic: str, partition: int, steps: Steps, answers: Answers, chosen: Bool) -> Forecasts:
         rows: Bool | slice = slice(None) if chosen.all() else chosen
@@ -229,7 +229,7 @@ class ForecastTask(StepTask):
             status=answers.status[rows],
             state_steps=answers.state_steps[rows],
             offset=steps.offset[rows],
-            model=self.version or self.forecasting.baseline.version,
+            model=self.forecasting.version,
             baseline=self.forecasting.baseline.version,
         )
 
