@@ -16,7 +16,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from models.features import Context, Ground, carried_forward, lead_knots, moved_left, season_phase
+from models.features import Context, Ground, carried_forward, lead_knots, look_back, moved_left, season_phase
 from models.forecaster import Column, Prediction, Rows, SeriesSpec, StepBlock
 from models.lags import CLIP_VOLATILITIES, CONSTANT, LagPlan, Stretch, damping, full_plan, lag_features, small_plan
 from models.mixture import Calibration, Distances, Mixture, SaidBefore
@@ -38,7 +38,7 @@ FULL_KNOTS: Final = 8
 NEVER: Final = -(2**62)
 ONLINE: Final = "online"
 """Version of a cascade without a network."""
-PENDING, EPOCH = "cascade.pending", "cascade.epoch"
+PENDING, END_MS, EPOCH = "cascade.pending", "cascade.end_ms", "cascade.epoch"
 LESSON_ROWS: Final = 1024
 """Sensors that have a lesson at a time."""
 LAST, SEASON = "last", "season"
@@ -84,7 +84,7 @@ class Cascade:
         corrected = [names.index(name) for name in self._corrected]
         experts = [*names, *(f"network over {name}" for name in self._corrected)]
         baseline = names.index(SEASON if spec.seasons else LAST)
-        self.mixture = Mixture(experts, [*range(len(names)), *corrected], baseline, horizon, targets)
+        self.mixture = Mixture(experts, [*range(len(names)), *corrected], baseline, look_back(spec), horizon, targets)
         self.calibration = Calibration(spec.quantiles, horizon, targets)
         self.said = SaidBefore(horizon, targets, len(experts) + len(self.calibration.tracked), self.epoch_steps)
         self.volatility = Volatility(spec)
@@ -115,7 +115,7 @@ class Cascade:
         """Those that another network leaves as they are."""
         return (
             Column(PENDING, (), np.dtype(np.int32)),
-            Column("cascade.end_ms", (), np.dtype(np.int64)),
+            Column(END_MS, (), np.dtype(np.int64)),
             *self.volatility.columns(),
             *self.average.columns(),
             *(column for stage in self.stages for column in stage.columns()),
@@ -190,7 +190,7 @@ class Cascade:
         consumed = block.live.sum(axis=1)
         rows[PENDING] += consumed.astype(np.int32)
         end_ms = np.where(block.live, block.end_ms, NEVER).max(axis=1)
-        rows["cascade.end_ms"][:] = np.where(consumed > 0, end_ms, rows["cascade.end_ms"])
+        rows[END_MS][:] = np.where(consumed > 0, end_ms, rows[END_MS])
         return self._sight(context, _series(average), *(part.transpose(0, 2, 1).reshape(-1, part.shape[1]) for part in (slow, fast)))
 
     def _sight(self, context: Context, average: Float64, unit: Float64, fast: Float64) -> Sight:
@@ -289,7 +289,7 @@ class Cascade:
         slow, fast = (np.maximum(part, TINY) for part in self._units(rows))
         back = horizon + pairs - 1 - np.arange(pairs)
         """Steps from each origin to now."""
-        phase = season_phase(self.spec, rows["cascade.end_ms"][:, None] - back * self.spec.step_ms)
+        phase = season_phase(self.spec, rows[END_MS][:, None] - back * self.spec.step_ms)
         stretch = Stretch(
             history,
             _series(rows["average.ring"].astype(np.float64)) if self.spec.seasons else np.empty((len(history), size)),
@@ -322,7 +322,7 @@ class Cascade:
         self.mixture.forget(rows, pending)
         for number, stride in enumerate(self.said.stride.tolist()):
             matured = self.said.matured(rows, number, steps, pending, distances)
-            self.mixture.learn(rows, number, stride, matured)
+            self.mixture.learn(rows, shared, number, stride, matured)
             self.calibration.learn(rows, shared, number, stride, matured)
 
     def _units(self, rows: Rows) -> tuple[Float64, Float64]:

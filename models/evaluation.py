@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from models.features import SeriesMemory
 from models.forecaster import Forecaster, SeriesSpec
 from models.measures import pinball_loss
-from models.sequences import Futures, Sequences, walk
+from models.sequences import Futures, Sequences, Walk
 
 Float64 = NDArray[np.float64]
 
@@ -41,8 +41,13 @@ class Figures:
         return {name: getattr(self, name) for name in names}
 
 
-def evaluate(sequences: Sequences, forecasters: Sequence[Forecaster], holdout_from_ms: int) -> list[Figures]:
+def evaluate(
+    sequences: Sequences, forecasters: Sequence[Forecaster], holdout_from_ms: int, before: Walk | None = None
+) -> list[Figures]:
     """Score what each forecaster says at the steps that end after `holdout_from_ms`, all of them on the same labels.
+
+    before: where a walk over the steps up to then, with forecasters of these names, has come to; it is gone on from there. None: all begin
+    with the first step.
 
     Left out for all: steps at which any of them is still warming up, and sensors without variation in the training
     part.
@@ -53,13 +58,20 @@ def evaluate(sequences: Sequences, forecasters: Sequence[Forecaster], holdout_fr
     unit = training_deviation(sequences, spec, holdout_from_ms)
     warmup = max(forecaster.warmup_steps for forecaster in forecasters)
     ring_steps = max(getattr(forecaster, "ring_steps", 1) for forecaster in forecasters)
+    if before is None:
+        onward = Walk(SeriesMemory(spec, ring_steps), forecasters, sequences.sensors, sequences.begin)
+        position = np.arange(len(sequences))
+    else:
+        onward = before.taken_up_by(forecasters, sequences.sensors)
+        position = np.flatnonzero(sequences.end_ms > holdout_from_ms)
     totals = [_Totals(spec) for _ in forecasters]
-    for block, context, predictions in walk(sequences, SeriesMemory(spec, ring_steps), forecasters):
+    for block, context, predictions in onward.through(sequences.take(position)):
         scored = block.live & (context.end_ms > holdout_from_ms) & (context.steps > warmup)
         if not scored.any():
             continue
-        truth = futures.after(block.index[scored], int(sequences.end_ms.max()))
-        scale = unit[sequences.sensor[block.index[scored]]][:, None, :]
+        at = position[block.index[scored]]
+        truth = futures.after(at, int(sequences.end_ms.max()))
+        scale = unit[sequences.sensor[at]][:, None, :]
         for total, prediction in zip(totals, predictions, strict=True):
             total.add(truth, scale, prediction.mean[scored], prediction.quantiles[scored])
     return [total.figures(forecaster.name) for total, forecaster in zip(totals, forecasters, strict=True)]

@@ -30,15 +30,15 @@ PLACES = 6
 """Leads at which errors are weighed and quantiles kept; between them it is interpolated."""
 KEPT = 8
 """Forecasts of each lead that wait at a time, about: of a far lead every n-th is kept, its errors hang together anyway."""
-FORGETTING = 0.999
-"""A step."""
+MEMORY_SEASONS = 50.0
+"""How long errors are remembered: a series that is calm for weeks has not lost its bursts."""
 SHARPNESS = 15.0
 RATE = 0.005
 """Of the quantiles, a step."""
 WIDEST = 4.0
 """Bound of theta: e^4 = 55 times as wide as the stages say."""
-FAR = 12.0
-"""Units: an error counts no more than that."""
+FAR = 30.0
+"""An error counts no more than so many times what is usual of the best expert: one spike does not make all experts alike."""
 USUAL_STEPS = 50.0
 """What is usual in the partition counts like so many steps of the series' own."""
 LEAST_SPREAD = 1e-3
@@ -115,13 +115,15 @@ class Distances:
 class Mixture:
     """Weights of E experts for each series at a few leads."""
 
-    def __init__(self, experts: Sequence[str], stands_for: Sequence[int], baseline: int, horizon: int, targets: int) -> None:
+    def __init__(self, experts: Sequence[str], stands_for: Sequence[int], baseline: int, season: int, horizon: int, targets: int
+    ) -> None:
         """stands_for: (E,) whose error counts where an expert had said nothing; baseline: who is believed until anything is known."""
         self.experts = tuple(experts)
         self._stands_for = np.array(stands_for)
         self._leads = lead_places(horizon, PLACES)
         self._expand = interpolation(horizon, self._leads)
         self._targets = targets
+        self._kept = 1.0 - 1.0 / (MEMORY_SEASONS * season)
         self._untried = np.full(len(experts), UNTRIED)
         self._untried[baseline] = 1.0
 
@@ -159,16 +161,18 @@ class Mixture:
         return out
 
     def forget(self, rows: Rows, pending: Int64) -> None:
-        kept = (FORGETTING**pending).astype(np.float32)[:, None, None]
+        kept = (self._kept**pending).astype(np.float32)[:, None, None]
         rows["mixture.count"] *= kept
         rows["mixture.loss"] *= kept[..., None]
 
-    def learn(self, rows: Rows, number: int, stride: int, matured: Matured) -> None:
+    def learn(self, rows: Rows, shared: Shared, number: int, stride: int, matured: Matured) -> None:
         said = matured.said[..., : len(self.experts)]
         said = np.where(np.isnan(said), said[..., self._stands_for], said)
-        error = np.minimum(np.abs(matured.label[..., None] - said), FAR)
-        known: Bool = np.isfinite(error).all(axis=-1)
-        rows["mixture.loss"][:, :, number] += stride * np.where(known[..., None], error**2, 0.0).sum(axis=1)
+        error = np.abs(matured.label[..., None] - said)
+        known = np.asarray(np.isfinite(error).all(axis=-1))
+        best = self.losses(rows, shared)[:, :, number].min(axis=-1)
+        square = np.minimum(np.where(known[..., None], error, 0.0) ** 2, (FAR**2 * best)[:, None, :, None])
+        rows["mixture.loss"][:, :, number] += stride * square.sum(axis=1)
         rows["mixture.count"][:, :, number] += stride * known.sum(axis=1)
 
     def settle(self, rows: Rows, shared: Shared) -> None:
@@ -225,7 +229,7 @@ class Calibration:
     def learn(self, rows: Rows, shared: Shared, number: int, stride: int, matured: Matured) -> None:
         quantile = matured.said[..., -len(self.tracked) :]
         label = matured.label[..., None]
-        known = np.isfinite(label) & np.isfinite(quantile)
+        known: Bool = np.isfinite(label) & np.isfinite(quantile)
         beyond = np.where(self._above, label - quantile, quantile - label) > LEAST_SPREAD
         step = np.where(known, beyond - self._promised, 0.0).sum(axis=1)
         width = rows["calibration.width"][:, :, number]

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.blocks import Block, iter_blocks
-from models.cascade import Cascade
+from models.cascade import END_MS, Cascade
 from models.epochs import epochs
 from models.features import Context, SeriesMemory
 from models.forecaster import Column, Forecaster, Prediction, Rows, SeriesSpec
@@ -134,45 +134,76 @@ class Futures:
         return np.where(inside[..., None], self._targets[at], np.nan)
 
 
+class Walk:
+    """The way of many sensors through their history: the rows of memory and forecasters, and what each forecaster keeps of the partition.
+
+    Every state begins empty, but for the running scale (`Sequences.begin`). Each forecaster has columns of its own, so that several may be
+    of one kind; those that learn while they run see all sensors as one partition."""
+
+    def __init__(
+        self, memory: SeriesMemory, forecasters: Sequence[Forecaster], sensors: int, begin: Rows | None = None
+    ) -> None:
+        self.memory = memory
+        self.forecasters = forecasters
+        self._remembered = _Rows(memory.columns(), sensors, begin)
+        self._own = [_Rows(forecaster.columns(), sensors) for forecaster in forecasters]
+        self._partitions = [_partition(forecaster) for forecaster in forecasters]
+
+    def through(self, sequences: Sequences) -> Iterator[tuple[Block, Context, list[Prediction]]]:
+        """As the service goes through them: gather, advance, scatter."""
+        for block in self._blocks(sequences):
+            steps = block.step_block(sequences.values, sequences.end_ms)
+            predictions = []
+            with self._remembered.of(block) as rows:
+                context = self.memory.advance(rows, steps)
+                for forecaster, kept, partition in zip(self.forecasters, self._own, self._partitions, strict=True):
+                    with kept.of(block) as own:
+                        both = rows | own
+                        predictions.append(forecaster.advance(both, steps, replace(context, shared=partition)))
+                        own.update((name, both[name]) for name in own)
+            yield block, context, predictions
+
+    def taken_up_by(self, forecasters: Sequence[Forecaster], sensors: int) -> Walk:
+        """From here on others, as a model takes over in service: what a forecaster of the same name has gathered goes on, a network's
+        hidden state is rebuilt from what is remembered. sensors: at least as many as there were."""
+        other = Walk(self.memory, forecasters, 0)
+        other._remembered = self._remembered.copy(self.memory.columns(), sensors)
+        before = {forecaster.name: number for number, forecaster in enumerate(self.forecasters)}
+        for number, forecaster in enumerate(forecasters):
+            at = before[forecaster.name]
+            other._partitions[number] = {name: value.copy() for name, value in self._partitions[at].items()}
+            other._own[number] = own = self._own[at].copy(forecaster.columns(), sensors)
+            if isinstance(forecaster, Cascade):
+                rows = other._remembered.table | own.table
+                recalled = self.memory.recall(rows, rows[END_MS], self.memory.ring_steps, other._partitions[number])
+                forecaster.rebuild(rows, *recalled)
+        return other
+
+    def _blocks(self, sequences: Sequences) -> Iterator[Block]:
+        """Sensor after sensor or, where somebody learns at the borders of epochs, epoch after epoch."""
+        cascades = [
+            (forecaster, own, partition)
+            for forecaster, own, partition in zip(self.forecasters, self._own, self._partitions)
+            if isinstance(forecaster, Cascade)
+        ]
+        if not cascades:
+            yield from iter_blocks(sequences.sensor, sequences.reset)
+            return
+        spec, epoch_steps = cascades[0][0].spec, cascades[0][0].epoch_steps
+        order = np.argsort(sequences.end_ms, kind="stable")
+        for number, span in epochs(sequences.end_ms[order], spec.step_ms, epoch_steps):
+            for cascade, own, partition in cascades:
+                cascade.teach(number, self._remembered.table | own.table, partition)
+            at = order[span]
+            for block in iter_blocks(sequences.sensor[at], sequences.reset[at]):
+                yield replace(block, index=at[block.index])
+
+
 def walk(
     sequences: Sequences, memory: SeriesMemory, forecasters: Sequence[Forecaster] = ()
 ) -> Iterator[tuple[Block, Context, list[Prediction]]]:
-    """Through all steps as the service goes through them: gather, advance, scatter. Every state begins empty, but for the
-    running scale (`Sequences.begin`). Each forecaster has
-    columns of its own, so that several may be of one kind; those that learn while they run see all sensors as one partition."""
-    sensors = sequences.sensors
-    shared = _Rows(memory.columns(), sensors, sequences.begin)
-    own = [_Rows(forecaster.columns(), sensors) for forecaster in forecasters]
-    partitions = [_partition(forecaster) for forecaster in forecasters]
-    for block in _blocks(sequences, shared, list(zip(forecasters, own, partitions, strict=True))):
-        steps = block.step_block(sequences.values, sequences.end_ms)
-        with shared.of(block) as rows:
-            context = memory.advance(rows, steps)
-            predictions = []
-            for forecaster, kept, partition in zip(forecasters, own, partitions, strict=True):
-                with kept.of(block) as more:
-                    both = rows | more
-                    predictions.append(forecaster.advance(both, steps, replace(context, shared=partition)))
-                    more.update((name, both[name]) for name in more)
-        yield block, context, predictions
-
-
-def _blocks(
-    sequences: Sequences, shared: _Rows, runners: Sequence[tuple[Forecaster, _Rows, Rows]]
-) -> Iterator[Block]:
-    """Sensor after sensor or, where somebody learns at the borders of epochs, epoch after epoch."""
-    cascades = [(cascade, own, at) for cascade, own, at in runners if isinstance(cascade, Cascade)]
-    if not cascades:
-        yield from iter_blocks(sequences.sensor, sequences.reset)
-        return
-    spec, epoch_steps = cascades[0][0].spec, cascades[0][0].epoch_steps
-    order = np.argsort(sequences.end_ms, kind="stable")
-    for number, span in epochs(sequences.end_ms[order], spec.step_ms, epoch_steps):
-        for cascade, own, partition in cascades:
-            cascade.teach(number, shared.table | own.table, partition)
-        at = order[span]
-        for block in iter_blocks(sequences.sensor[at], sequences.reset[at]):
-            yield replace(block, index=at[block.index])
+    """Through all steps from the beginning."""
+    return Walk(memory, forecasters, sequences.sensors, sequences.begin).through(sequences)
 
 
 def _partition(forecaster: Forecaster) -> Rows:
@@ -186,6 +217,10 @@ class _Rows:
     def __init__(self, columns: Sequence[Column], sensors: int, begin: Rows | None = None) -> None:
         self._columns = columns
         self.table = begin_rows(columns, sensors, begin)
+
+    def copy(self, columns: Sequence[Column], sensors: int) -> _Rows:
+        """Columns that are here as they are, others as those of sensors never seen."""
+        return _Rows(columns, sensors, self.table)
 
     @contextmanager
     def of(self, block: Block) -> Iterator[Rows]:

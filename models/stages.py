@@ -74,13 +74,13 @@ class Stage(Protocol):
 
 
 def lead_places(horizon: int, count: int) -> NDArray[np.int64]:
-    """(m,) leads, at most `count` of them, evenly, the last one included.
+    """(m,) leads from 1 to H, at most `count` of them, denser where errors grow faster: near the beginning.
 
-    >>> lead_places(24, 6).tolist(), lead_places(1, 6).tolist()
-    ([4, 8, 12, 16, 20, 24], [1])
+    >>> lead_places(24, 6).tolist(), lead_places(3, 6).tolist()
+    ([1, 3, 7, 12, 17, 24], [1, 2, 3])
     """
-    count = min(horizon, count)
-    return np.unique(np.round((np.arange(count) + 1) * horizon / count).astype(np.int64))
+    share = np.linspace(0.0, 1.0, min(horizon, count)) ** 1.5 if horizon > count else np.linspace(0.0, 1.0, horizon)
+    return np.unique(np.round(1 + (horizon - 1) * share).astype(np.int64))
 
 
 def interpolation(horizon: int, places: NDArray[Any]) -> Float32:

@@ -21,13 +21,14 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from models.baselines import LastValue, SeasonalNaive
 from models.cascade import Cascade
 from models.evaluation import Figures, evaluate
 from models.features import CLIP, SeriesMemory
 from models.feedforward import FeedForward, FeedForwardNet, default_window
-from models.forecaster import Model, SeriesSpec
+from models.forecaster import Forecaster, Model, SeriesSpec
 from models.rnn import Network, RecurrentNet, RNNForecaster, load_tensorflow
-from models.sequences import Futures, Int64, Sequences, walk
+from models.sequences import Futures, Int64, Sequences, Walk
 
 Architecture = Literal["rnn", "feedforward"]
 Neural = RNNForecaster | FeedForward
@@ -102,6 +103,8 @@ class TrainedModel:
     """sensors, steps, from_ms, to_ms (ends of the first and last step trained on)."""
     seconds: float
     seed: int
+    before: Walk | None = None
+    """Where the stages around it, and the baselines, stand at the end of what it was trained on; None: nothing stands around it."""
     warm: bool = False
     """It began with the weights of another; best_epoch 0: none of its own was better."""
 
@@ -140,6 +143,7 @@ def train(
     chunk_steps: int = 96,
     lanes: int = 64,
     epochs: int = 20,
+    warm_epochs: int = 4,
     patience: int = 8,
     learning_rate: float = 3e-3,
     dropout: float = 0.2,
@@ -151,7 +155,7 @@ def train(
 ) -> TrainedModel:
     """Train on all but the newest share `holdout` of the steps; the weights of the best epoch are kept.
 
-    start: weights to begin with, if it is of the very same architecture; they are kept if no epoch does better.
+    start: weights to begin with, if it is of the very same architecture; they are kept if none of `warm_epochs` epochs does better.
 
     window: steps that the feed-forward network sees, default one season. lanes: at most so many sequences side by side,
     fewer where the history is short. The same seed on the same machine gives the
@@ -167,6 +171,7 @@ def train(
     if start is not None and warm:
         forecaster.net.model.set_weights(start.net.model.get_weights())
         learning_rate *= WARM_RATE
+        epochs = warm_epochs
     sequences = sequences.by_sensor()
     if not len(sequences):
         raise TrainingError("0 steps of history: expected some hundred at least; widen the range of training")
@@ -186,12 +191,13 @@ def train(
         "to_ms": cutoff_ms,
     }
     seconds = time.monotonic() - started
-    return TrainedModel(forecaster, shape, history, best, cutoff_ms, data, seconds, seed, warm)
+    before = examples.walk if examples.walk.forecasters else None
+    return TrainedModel(forecaster, shape, history, best, cutoff_ms, data, seconds, seed, before, warm)
 
 
 def figures(model: TrainedModel, sequences: Sequences, others: Sequence[Any] = ()) -> list[Figures]:
     """The model beside others on its holdout."""
-    return evaluate(sequences, [model.in_service, *others], model.holdout_from_ms)
+    return evaluate(sequences, [model.in_service, *others], model.holdout_from_ms, model.before)
 
 
 def _untrained(
@@ -221,6 +227,7 @@ class Examples:
         self.sequences = sequences
         self.futures = Futures(sequences, spec)
         cascade = Cascade.of(spec)
+        others: list[Forecaster] = [LastValue(spec), *([SeasonalNaive(spec)] if spec.seasons else [])]
         self.inputs = np.empty((len(sequences), forecaster.net.input_size), np.float32)
         self.last = np.empty((len(sequences), len(spec.targets)))
         self.scale = np.empty_like(self.last)
@@ -229,7 +236,8 @@ class Examples:
         self.scaled = forecaster.scaled_inputs()
         """(F,) which inputs are distances in scale."""
         memory = SeriesMemory(spec, max(forecaster.ring_steps, cascade.ring_steps if cascade else 1))
-        for block, context, before in walk(sequences, memory, [cascade] if cascade else []):
+        self.walk = Walk(memory, [cascade, *others] if cascade else [], sequences.sensors, sequences.begin)
+        for block, context, before in self.walk.through(sequences):
             at, live = block.positions(), block.live
             if before:
                 context = context.on(before[0].ground)

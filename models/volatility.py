@@ -18,7 +18,7 @@ from models.forecaster import Column, Rows, SeriesSpec
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
-SLOW_SEASONS, FAST_SEASONS = 200, 7
+SLOW_SEASONS, FAST_SEASONS = 200, 14
 """How long each remembers."""
 WINSOR = 5.0
 """A move further out than so many volatilities counts as if it stood there."""

@@ -415,6 +415,9 @@ class RetrainingSettings(Section, frozen=True):
         Duration, Meta(description="No drift alarm counts for so long after a decision.", extra={"example": '"6h"'})
     ] = field(name="cooldown", default=parse_duration("6h"))
     max_per_day: Annotated[int, Meta(description="Trainings begun in a day of event time, at most.", ge=1)] = 4
+    epochs: Annotated[
+        int, Meta(description="Passes over the history, at most, where the champion's weights are the beginning.", ge=1)
+    ] = 4
     max_steps: Annotated[
         int,
         Meta(

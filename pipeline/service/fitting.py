@@ -88,7 +88,7 @@ def challenge(
     trained = _train(settings, spec, sequences, network_of(champion), progress, _holdout(settings, sequences, changed_ms))
     compares = champion is not None and champion.spec == spec
     others: list[Forecaster] = [*([champion] if champion is not None and compares else []), *_baselines(spec)]
-    own, *rest = evaluate(sequences, [trained.in_service, *others], trained.holdout_from_ms)
+    own, *rest = evaluate(sequences, [trained.in_service, *others], trained.holdout_from_ms, trained.before)
     own = replace(own, name=CHALLENGER)
     served = replace(rest.pop(0), name=CHAMPION) if compares else None
     retraining = settings.retraining
@@ -125,6 +125,7 @@ def _train(
             chunk_steps=training.chunk_steps,
             lanes=training.lanes,
             epochs=training.epochs,
+            warm_epochs=settings.retraining.epochs,
             patience=training.patience,
             learning_rate=training.learning_rate,
             holdout=holdout or training.holdout,
