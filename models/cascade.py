@@ -85,7 +85,10 @@ class Cascade:
         experts = [*names, *(f"network over {name}" for name in self._corrected)]
         baseline = names.index(SEASON if spec.seasons else LAST)
         self.mixture = Mixture(experts, [*range(len(names)), *corrected], baseline, look_back(spec), horizon, targets)
-        self.calibration = Calibration(spec.quantiles, horizon, targets)
+        self._calibrations = tuple(
+            Calibration(f"calibration.{spread}_", spec.quantiles, horizon, targets) for spread in ("error", "network")
+        )
+        """Of spreads that past errors tell, and of those that a network says."""
         self.said = SaidBefore(horizon, targets, len(experts) + len(self.calibration.tracked), self.epoch_steps)
         self.volatility = Volatility(spec)
         self._scaling = RunningScale(len(spec.channels))
@@ -101,6 +104,10 @@ class Cascade:
     def of(spec: SeriesSpec) -> Cascade | None:
         """Without a network; None in profile `base`."""
         return None if spec.profile == "base" else Cascade(spec)
+
+    @property
+    def calibration(self) -> Calibration:
+        return self._calibrations[0 if self.network is None else 1]
 
     # -- state
 
@@ -121,7 +128,7 @@ class Cascade:
             *(column for stage in self.stages for column in stage.columns()),
             *self.said.columns(),
             *self.mixture.columns(),
-            *self.calibration.columns(),
+            *(column for calibration in self._calibrations for column in calibration.columns()),
         )
 
     def partition_columns(self) -> tuple[Column, ...]:
@@ -129,7 +136,7 @@ class Cascade:
             Column(EPOCH, (), np.dtype(np.int64), fill=NEVER),
             *(column for stage in self.stages for column in stage.partition_columns()),
             *self.mixture.partition_columns(),
-            *self.calibration.partition_columns(),
+            *(column for calibration in self._calibrations for column in calibration.partition_columns()),
         )
 
     # -- forecasting

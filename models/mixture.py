@@ -186,7 +186,8 @@ class Mixture:
 class Calibration:
     """How far each quantile lies from the point forecast, relative to what the stages say."""
 
-    def __init__(self, levels: Sequence[float], horizon: int, targets: int) -> None:
+    def __init__(self, prefix: str, levels: Sequence[float], horizon: int, targets: int) -> None:
+        self._width, self._usual = prefix + "width", prefix + "usual"
         self.levels = np.array(levels)
         self.tracked = np.flatnonzero(np.abs(self.levels - 0.5) > 1e-9)
         """The median is the point forecast."""
@@ -200,11 +201,11 @@ class Calibration:
 
     def columns(self) -> tuple[Column, ...]:
         shape = (self._targets, len(self._leads), len(self.tracked))
-        return (Column("calibration.width", shape, np.dtype(np.float32), fill=np.nan),)
+        return (Column(self._width, shape, np.dtype(np.float32), fill=np.nan),)
 
     def partition_columns(self) -> tuple[Column, ...]:
         shape = (self._targets, len(self._leads), len(self.tracked))
-        return (Column("calibration.usual", shape, np.dtype(np.float64)),)
+        return (Column(self._usual, shape, np.dtype(np.float64)),)
 
     def gaussian(self, losses: Float64) -> Float32:
         """(B, K, 1, H, Q') spreads where no stage says any: those of the errors of the best expert."""
@@ -218,8 +219,8 @@ class Calibration:
 
     def offsets(self, rows: Rows, shared: Shared, spread: Float32) -> Float32:
         """(B, K, T, H, Q) distances from the point forecast, ascending. spread: (B, K, T or 1, H, Q') what the stages say, >= 0."""
-        width = rows["calibration.width"]
-        width = np.where(np.isnan(width), shared["calibration.usual"], width)
+        width = rows[self._width]
+        width = np.where(np.isnan(width), shared[self._usual], width)
         factor = np.exp(np.einsum("hm,bkmq->bkhq", self._expand, width)).astype(np.float32)
         off = np.maximum(spread, np.float32(LEAST_SPREAD)) * factor[:, :, None]
         out = np.zeros((*off.shape[:-1], len(self.levels)), np.float32)
@@ -232,15 +233,15 @@ class Calibration:
         known: Bool = np.isfinite(label) & np.isfinite(quantile)
         beyond = np.where(self._above, label - quantile, quantile - label) > LEAST_SPREAD
         step = np.where(known, beyond - self._promised, 0.0).sum(axis=1)
-        width = rows["calibration.width"][:, :, number]
-        width = np.where(np.isnan(width), shared["calibration.usual"][:, number], width)
+        width = rows[self._width][:, :, number]
+        width = np.where(np.isnan(width), shared[self._usual][:, number], width)
         learned = np.clip(width + RATE * stride * step, -WIDEST, WIDEST)
-        rows["calibration.width"][:, :, number] = np.where(known.any(axis=1), learned, rows["calibration.width"][:, :, number])
+        rows[self._width][:, :, number] = np.where(known.any(axis=1), learned, rows[self._width][:, :, number])
 
     def settle(self, rows: Rows, shared: Shared) -> None:
         """rows: of all sensors."""
-        width = rows["calibration.width"]
+        width = rows[self._width]
         known = np.isfinite(width)
         count = known.sum(axis=0)
         total = np.where(known, width, 0.0).sum(axis=0, dtype=np.float64)
-        shared["calibration.usual"][:] = np.where(count > 0, total / np.maximum(count, 1), shared["calibration.usual"])
+        shared[self._usual][:] = np.where(count > 0, total / np.maximum(count, 1), shared[self._usual])

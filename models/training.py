@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from models.baselines import LastValue, SeasonalNaive
 from models.cascade import Cascade
 from models.evaluation import Figures, evaluate
-from models.features import CLIP, SeriesMemory
+from models.features import CLIP, SeriesMemory, look_back
 from models.feedforward import FeedForward, FeedForwardNet, default_window
 from models.forecaster import Forecaster, Model, SeriesSpec
 from models.rnn import Network, RecurrentNet, RNNForecaster, load_tensorflow
@@ -37,8 +37,9 @@ STOPPING_SHARE = 0.1
 """Of the training part, its newest: early stopping listens to it, no weight does."""
 LABEL_CLIP = 12.0
 """In scaled units: one absurd future must not outweigh a thousand others."""
-HUBER_DELTA = 1.0
-PINBALL_WEIGHT = 1.0
+import os
+HUBER_DELTA = float(os.environ.get('HD','1'))
+PINBALL_WEIGHT = float(os.environ.get('PW','1'))
 WEIGHT_DECAY = 3e-3
 LEAST_UPDATES = 32
 """Of the weights in an epoch: a short history goes through fewer lanes, so that it teaches as often."""
@@ -47,6 +48,7 @@ SCALE_JITTER = 0.4
 """Standard deviation of the logarithm of the factor by which a piece's scale is taken to be off: a running scale that lags behind
 what a sensor does now, after its amplitude or its level has changed, is then nothing new to the network. (Um, T. T. et al. (2017),
 Data augmentation of wearable sensor data, ICMI: "scaling".)"""
+MATURE_SEASONS = 20
 WARM_RATE = 0.5
 """Of the learning rate, where trained weights are the beginning: they are to be corrected, not found."""
 PIECE_CHUNKS = 8
@@ -233,6 +235,11 @@ class Examples:
         self.scale = np.empty_like(self.last)
         self.base = np.zeros((len(sequences) if cascade else 1, spec.horizon, len(spec.targets)), np.float32)
         """What stands before the network says: distances from the last value, in scale."""
+        self.mature_ms = 0
+        if cascade:
+            first, last = int(sequences.end_ms.min()), int(sequences.end_ms.max())
+            self.mature_ms = first + min(MATURE_SEASONS * look_back(spec) * spec.step_ms, (last - first) // 5)
+        """Labels of earlier steps teach nothing: what stands before the network has not learned enough yet."""
         self.scaled = forecaster.scaled_inputs()
         """(F,) which inputs are distances in scale."""
         memory = SeriesMemory(spec, max(forecaster.ring_steps, cascade.ring_steps if cascade else 1))
@@ -249,6 +256,7 @@ class Examples:
     def labels(self, position: Int64, until_ms: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """(*position.shape, H, K) (future - last) / scale, clipped; and where it is known up to `until_ms`."""
         future = self.futures.after(position, until_ms)
+        future[self.sequences.end_ms[position] < self.mature_ms] = np.nan
         label = (future - self.last[position][..., None, :]) / self.scale[position][..., None, :]
         label -= self.base[position] if len(self.base) > 1 else self.base[0]
         known = np.isfinite(label)
