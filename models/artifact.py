@@ -7,23 +7,29 @@ is there load(folder, expect=spec)           sha256 verified, then Keras with sa
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from models.evaluation import Figures
 from models.feedforward import FeedForward
-from models.forecaster import Model, SeriesSpec
+from models.forecaster import Model, Rows, SeriesSpec
 from models.rnn import Network, RNNForecaster, load_tensorflow
 from models.training import TrainedModel, in_profile
 
 FORMAT = 2
 """2: networks see values around their local level; weights of format 1 were trained on other inputs."""
 MODEL_FILE, MANIFEST_FILE = "model.keras", "manifest.json"
+PRIOR_MEMBER = "prior.npz"
+"""What the stages around the network knew at the end of its training, inside the model file."""
 KINDS: dict[str, type[RNNForecaster] | type[FeedForward]] = {"rnn": RNNForecaster, "feedforward": FeedForward}
 REQUIRED = ("format", "version", "spec", "architecture", "warmup_steps", "sha256")
 
@@ -42,6 +48,7 @@ def save(folder: Path, model: TrainedModel, figures: Sequence[Figures] = ()) -> 
     with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
         written = Path(scratch) / MODEL_FILE
         model.net.model.save(written)
+        _add_prior(written, model)
         text = json.dumps(_manifest(model, figures, _sha256(written)), indent=2, allow_nan=False)
         described = Path(scratch) / MANIFEST_FILE
         described.write_text(text + "\n", encoding="utf-8")
@@ -73,7 +80,8 @@ def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()
         )
     forecaster = KINDS[manifest["architecture"]["kind"]]
     net = Network(_load_keras(path), spec)
-    return in_profile(forecaster(net, version=manifest["version"], warmup_steps=manifest["warmup_steps"]))
+    network = forecaster(net, version=manifest["version"], warmup_steps=manifest["warmup_steps"])
+    return in_profile(network, _prior(path))
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -153,6 +161,22 @@ def _compare(path: Path, found: SeriesSpec, expected: SeriesSpec, own: Sequence[
             ", ".join(f"{name}={ours[name]!r}" for name in different) + " as the settings say",
             "train a model with these settings, or set them back",
         )
+
+
+def _add_prior(path: Path, model: TrainedModel) -> None:
+    """Into the archive that Keras wrote, which leaves members that it does not know alone."""
+    prior = model.before.prior() if model.before else {}
+    if prior:
+        with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(PRIOR_MEMBER, "w") as member:
+            np.savez(member, allow_pickle=False, **prior)
+
+
+def _prior(path: Path) -> Rows | None:
+    with zipfile.ZipFile(path) as archive:
+        if PRIOR_MEMBER not in archive.namelist():
+            return None
+        with np.load(io.BytesIO(archive.read(PRIOR_MEMBER)), allow_pickle=False) as arrays:
+            return dict(arrays)
 
 
 def _sha256(path: Path) -> str:

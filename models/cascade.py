@@ -24,7 +24,7 @@ from models.regression import LABELS, OwnRidge, PooledRidge
 from models.rnn import RNNForecaster
 from models.scaling import RunningScale
 from models.seasonal_average import SeasonalAverage
-from models.stages import Float32, Lesson, Shared, Stage, View
+from models.stages import Float32, Lesson, Shared, View
 from models.volatility import Volatility
 
 Float64 = NDArray[np.float64]
@@ -69,9 +69,11 @@ class Cascade:
     warmup_steps = 0
     """The mixture knows whom to believe of a series that is new; the network keeps quiet until its own warm-up is over."""
 
-    def __init__(self, spec: SeriesSpec, network: RNNForecaster | None = None) -> None:
+    def __init__(self, spec: SeriesSpec, network: RNNForecaster | None = None, prior: Shared | None = None) -> None:
+        """prior: partition columns as a training over all partitions left them."""
         self.spec = spec
         self.network = network
+        self.prior = prior
         self.version = network.version if network else ONLINE
         self.epoch_steps = epoch_steps(spec.horizon)
         targets, horizon = len(spec.targets), spec.horizon
@@ -139,6 +141,12 @@ class Cascade:
             *(column for calibration in self._calibrations for column in calibration.partition_columns()),
         )
 
+    def begin(self, shared: Shared) -> None:
+        """A partition that has learned nothing yet begins with what training knew."""
+        if self.prior is not None and not shared[LABELS].any():
+            for name, value in self.prior.items():
+                shared[name][...] = value
+
     # -- forecasting
 
     def advance(self, rows: Rows, block: StepBlock, context: Context) -> Prediction:
@@ -198,7 +206,9 @@ class Cascade:
         rows[PENDING] += consumed.astype(np.int32)
         end_ms = np.where(block.live, block.end_ms, NEVER).max(axis=1)
         rows[END_MS][:] = np.where(consumed > 0, end_ms, rows[END_MS])
-        return self._sight(context, _series(average), *(part.transpose(0, 2, 1).reshape(-1, part.shape[1]) for part in (slow, fast)))
+        return self._sight(
+            context, _series(average), *(part.transpose(0, 2, 1).reshape(-1, part.shape[1]) for part in (slow, fast))
+        )
 
     def _sight(self, context: Context, average: Float64, unit: Float64, fast: Float64) -> Sight:
         """unit, fast: (N, T)"""
@@ -236,7 +246,11 @@ class Cascade:
         base = np.clip(said[self._corrected[0]] * stretch, -BASE_LIMIT, BASE_LIMIT)
         at = np.array(lead_knots(self.spec.horizon)) - 1
         features = sight.view.full[..., CONSTANT + 1 : sight.view.full.shape[-1] - self._calendar] * stretch
-        own = [np.clip(features, -INPUT_CLIP, INPUT_CLIP), np.clip(base[..., at], -INPUT_CLIP, INPUT_CLIP), np.log(stretch)]
+        own = [
+            np.clip(features, -INPUT_CLIP, INPUT_CLIP),
+            np.clip(base[..., at], -INPUT_CLIP, INPUT_CLIP),
+            np.log(stretch),
+        ]
         inputs = np.concatenate(own, axis=2).reshape(batch, targets, steps, -1).transpose(0, 2, 1, 3)
         return Ground(
             base.reshape(batch, targets, steps, -1).transpose(0, 2, 3, 1),
@@ -314,7 +328,9 @@ class Cascade:
         due = (back < (pending + horizon)[:, None]) & (ordinal > self._begin)
         weight = np.repeat(due, len(targets), axis=0) * damping(view.full, stretch) ** 2
         moves = np.abs(view.full[..., CONSTANT + 1 : view.full.shape[-1] - self._calendar]).max(axis=2) > 0
-        weight = np.where(np.isfinite(stretch.anchor) & (moves | (np.abs(np.nan_to_num(label)).max(axis=2) > 0)), weight, 0.0)
+        weight = np.where(
+            np.isfinite(stretch.anchor) & (moves | (np.abs(np.nan_to_num(label)).max(axis=2) > 0)), weight, 0.0
+        )
         lesson = Lesson(view, label, weight.astype(np.float32), np.repeat(pending, len(targets)))
         said = self._online(rows, shared, view)
         for stage in self.stages:

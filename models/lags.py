@@ -68,14 +68,15 @@ class LagPlan:
 
 def full_plan(spec: SeriesSpec) -> LagPlan:
     """About 45 features: what the pooled regression sees."""
-    one_step = spec.horizon == 1
-    return _plan(spec, near=16 if one_step else 8, growth=1.6, bins=12, before=4 if one_step else 1, after=3 if one_step else 1, harmonics=2)
+    if spec.horizon == 1:
+        return _plan(spec, near=16, growth=1.6, bins=12, before=4, after=3, harmonics=2)
+    return _plan(spec, near=8, growth=1.6, bins=12, before=1, after=1, harmonics=2)
 
 
 def small_plan(spec: SeriesSpec) -> LagPlan:
     """About 14: what a regression of each series' own can afford."""
-    one_step = spec.horizon == 1
-    return _plan(spec, near=4 if one_step else 2, growth=3.0 if one_step else 4.0, bins=2, before=1, after=1, harmonics=0)
+    near, growth = (4, 3.0) if spec.horizon == 1 else (2, 4.0)
+    return _plan(spec, near=near, growth=growth, bins=2, before=1, after=1, harmonics=0)
 
 
 def ground_size(spec: SeriesSpec) -> int:
@@ -87,9 +88,7 @@ def ground_size(spec: SeriesSpec) -> int:
     return plan.size - EXCESS - 2 * plan.harmonics * plan.seasons + len(lead_knots(spec.horizon)) + 1
 
 
-def _plan(
-    spec: SeriesSpec, *, near: int, growth: float, bins: int, before: int, after: int, harmonics: int
-) -> LagPlan:
+def _plan(spec: SeriesSpec, *, near: int, growth: float, bins: int, before: int, after: int, harmonics: int) -> LagPlan:
     """before, after: bins by which a band reaches further than the horizon, and than the season."""
     first = spec.seasons[0] if spec.seasons else 0
     ranges = [(lag, lag) for lag in range(2, near + 1)]
@@ -97,7 +96,9 @@ def _plan(
     while lag < (first // 2 or LOOK_BACK):
         ranges.append((lag, lag + width - 1))
         lag, width = lag + width, int(width * growth) + 1
-    bands = [_band(season, spec.horizon, bins if season == first else bins // 2, before, after) for season in spec.seasons]
+    bands = [
+        _band(season, spec.horizon, bins if season == first else bins // 2, before, after) for season in spec.seasons
+    ]
     averages = bands[0] if bands else ()
     own = {*ranges}
     every = ranges + [pair for band in bands for pair in band if pair not in own]
@@ -132,7 +133,8 @@ class Stretch:
 
 
 def lag_features(plan: LagPlan, stretch: Stretch) -> Float32:
-    """(N, T, p), finite: constant, excess of the anchor, ranges, bands, calendar. A range in which nothing is known is where the anchor is."""
+    """(N, T, p), finite: constant, excess of the anchor, ranges, bands, calendar. A range in which nothing is known is where the anchor
+    is."""
     series, steps = stretch.anchor.shape
     out = np.empty((series, steps, plan.size), np.float32)
     anchor = np.where(np.isnan(stretch.anchor), 0.0, stretch.anchor)
@@ -142,7 +144,10 @@ def lag_features(plan: LagPlan, stretch: Stretch) -> Float32:
     out[..., EXCESS] = np.clip(_excess(stretch, limit) / unit, -EXCESS_LIMIT, EXCESS_LIMIT)
     at, scale = RANGES, (limit / unit)[..., None]
     first, last = plan.edges
-    for source, lags in ((stretch.history, slice(0, len(plan.ranges))), (stretch.average, slice(len(plan.ranges), None))):
+    for source, lags in (
+        (stretch.history, slice(0, len(plan.ranges))),
+        (stretch.average, slice(len(plan.ranges), None)),
+    ):
         count = len(first[lags])
         if not count:
             continue

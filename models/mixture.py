@@ -115,7 +115,8 @@ class Distances:
 class Mixture:
     """Weights of E experts for each series at a few leads."""
 
-    def __init__(self, experts: Sequence[str], stands_for: Sequence[int], baseline: int, season: int, horizon: int, targets: int
+    def __init__(
+        self, experts: Sequence[str], stands_for: Sequence[int], baseline: int, season: int, horizon: int, targets: int
     ) -> None:
         """stands_for: (E,) whose error counts where an expert had said nothing; baseline: who is believed until anything is known."""
         self.experts = tuple(experts)

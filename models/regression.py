@@ -57,7 +57,9 @@ class ResidualSpread:
         known = count > HUBER_FROM
         limit = np.where(known[:, None], HUBER * np.sqrt(variance), LARGEST_LABEL) @ self._expand.T
         held = np.clip(residual, -limit[:, None, :], limit[:, None, :])
-        wild = np.clip(residual[..., self._places - 1], -3 * limit[:, None, self._places - 1], 3 * limit[:, None, self._places - 1])
+        wild = np.clip(
+            residual[..., self._places - 1], -3 * limit[:, None, self._places - 1], 3 * limit[:, None, self._places - 1]
+        )
         seen = np.isfinite(wild).all(axis=2) & (weight > 0)
         square = np.where(seen[..., None], wild, 0.0) ** 2
         fresh = seen.sum(axis=1)
@@ -131,7 +133,9 @@ class OwnRidge:
 
     over = "pooled"
 
-    def __init__(self, name: str, features: int, horizon: int, targets: int, knots: int, of: str, penalty: float = OWN_PENALTY) -> None:
+    def __init__(
+        self, name: str, features: int, horizon: int, targets: int, knots: int, of: str, penalty: float = OWN_PENALTY
+    ) -> None:
         """of: "full" or "small", which features of the view it sees."""
         self.name = name
         self._of = of

@@ -40,7 +40,9 @@ class SeasonalAverage:
         value = context.target_values - context.origin[:, None, list(self.spec.targets)]
         seen = (context.steps[..., None] - 1) // self.season + 1
         gain = np.maximum(1.0 / np.maximum(seen, 1), FORGETTING)
-        out = np.concatenate([rows["average.ring"].astype(np.float64), np.full((batch, steps, targets), np.nan)], axis=1)
+        out = np.concatenate(
+            [rows["average.ring"].astype(np.float64), np.full((batch, steps, targets), np.nan)], axis=1
+        )
         for first in range(0, steps, self.season):
             span = slice(first, min(first + self.season, steps))
             before = out[:, self.steps - self.season + span.start : self.steps - self.season + span.stop]

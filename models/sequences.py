@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from models.blocks import Block, iter_blocks
-from models.cascade import END_MS, Cascade
+from models.cascade import END_MS, EPOCH, Cascade
 from models.epochs import epochs
 from models.features import Context, SeriesMemory
 from models.forecaster import Column, Forecaster, Prediction, Rows, SeriesSpec
@@ -162,6 +162,11 @@ class Walk:
                         predictions.append(forecaster.advance(both, steps, replace(context, shared=partition)))
                         own.update((name, both[name]) for name in own)
             yield block, context, predictions
+
+    def prior(self) -> Rows:
+        """What a cascade among the forecasters has learned of the partition; empty without one."""
+        found = [at for forecaster, at in zip(self.forecasters, self._partitions) if isinstance(forecaster, Cascade)]
+        return {name: value for name, value in found[0].items() if name != EPOCH} if found else {}
 
     def taken_up_by(self, forecasters: Sequence[Forecaster], sensors: int) -> Walk:
         """From here on others, as a model takes over in service: what a forecaster of the same name has gathered goes on, a network's

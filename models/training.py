@@ -26,7 +26,7 @@ from models.cascade import Cascade
 from models.evaluation import Figures, evaluate
 from models.features import CLIP, SeriesMemory, look_back
 from models.feedforward import FeedForward, FeedForwardNet, default_window
-from models.forecaster import Forecaster, Model, SeriesSpec
+from models.forecaster import Forecaster, Model, Rows, SeriesSpec
 from models.rnn import Network, RecurrentNet, RNNForecaster, load_tensorflow
 from models.sequences import Futures, Int64, Sequences, Walk
 
@@ -37,9 +37,8 @@ STOPPING_SHARE = 0.1
 """Of the training part, its newest: early stopping listens to it, no weight does."""
 LABEL_CLIP = 12.0
 """In scaled units: one absurd future must not outweigh a thousand others."""
-import os
-HUBER_DELTA = float(os.environ.get('HD','1'))
-PINBALL_WEIGHT = float(os.environ.get('PW','1'))
+HUBER_DELTA = 1.0
+PINBALL_WEIGHT = 1.0
 WEIGHT_DECAY = 3e-3
 LEAST_UPDATES = 32
 """Of the weights in an epoch: a short history goes through fewer lanes, so that it teaches as often."""
@@ -83,12 +82,12 @@ def network_of(model: Model | None) -> Neural | None:
     return found
 
 
-def in_profile(network: Neural) -> Model:
-    """The network as the profile of its spec has it: alone, or in a cascade."""
+def in_profile(network: Neural, prior: Rows | None = None) -> Model:
+    """The network as the profile of its spec has it: alone, or in a cascade, where a new partition begins with the prior."""
     if network.spec.profile == "base":
         return network
     assert isinstance(network, RNNForecaster)
-    return Cascade(network.spec, network)
+    return Cascade(network.spec, network, prior)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +116,7 @@ class TrainedModel:
     @property
     def in_service(self) -> Model:
         """What answers: the network, with what the profile stands around it."""
-        return in_profile(self.forecaster)
+        return in_profile(self.forecaster, self.before.prior() if self.before else None)
 
 
 @dataclass(frozen=True)

@@ -303,7 +303,8 @@ class ForecastSettings(Section, frozen=True):
         ),
     ] = field(name="season", default=(parse_duration("24h"),))
     profile: Annotated[
-        Literal["base", "lean", "accuracy"], Meta(
+        Literal["base", "lean", "accuracy"],
+        Meta(
             description="What stands around the RNN: `base` nothing; `lean` stages that learn online (docs/accuracy.md), so that there are good "
             "forecasts before there is a trained model; `accuracy` more of them."
         ),
@@ -597,7 +598,7 @@ def changed(settings: Settings, values: Mapping[str, Any], source: str) -> Setti
             key, value = f"{name}.{info.encode_name}", getattr(getattr(settings, name), info.name)
             if key in left:
                 given[info.encode_name] = left.pop(key)
-            elif key in followed and value == followed[key]:
+            elif key in followed and value == followed[key] and settings.source_of(key) == "default":
                 continue
             elif key in sources or value != getattr(defaults, info.name):
                 given[info.encode_name] = shown(value)

@@ -32,8 +32,15 @@ def validate(context: CommandContext) -> None:
 
 
 def _state_size(context: CommandContext) -> list[dict[str, Any]]:
-    """What the state of one sensor takes, as a last row; the model's hidden state comes on top."""
-    from pipeline.service.assembly import bytes_per_sensor
+    """What the state of one sensor takes in each profile, as last rows; the network's hidden state included."""
+    from pipeline.service.assembly import bytes_by_profile
 
-    size = sum(bytes_per_sensor(context.settings).values())
-    return [{"key": "(state, bytes per sensor)", "value": size, "source": "computed"}]
+    chosen = context.settings.forecast.profile
+    return [
+        {
+            "key": f"(state, bytes per sensor: {profile})",
+            "value": size,
+            "source": "computed, in force" if profile == chosen else "computed",
+        }
+        for profile, size in bytes_by_profile(context.settings).items()
+    ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 
@@ -15,6 +15,8 @@ from pipeline.stream.windows import WindowRule
 
 if TYPE_CHECKING:
     from pipeline.settings import Settings
+
+PROFILES: Final = ("base", "lean", "accuracy")
 
 
 def task_settings(settings: Settings) -> TaskSettings:
@@ -84,4 +86,14 @@ def bytes_per_sensor(settings: Settings) -> dict[str, int]:
     per_unit = np.dtype(np.float32).itemsize * (2 if model.cell == "lstm" else 1)
     return {name: column.bytes_per_sensor for name, column in columns.items()} | {
         "rnn.hidden": model.layers * model.units * per_unit
+    }
+
+
+def bytes_by_profile(settings: Settings) -> dict[str, int]:
+    """State of one sensor in each profile, in bytes."""
+    from pipeline.settings import changed
+
+    return {
+        profile: sum(bytes_per_sensor(changed(settings, {"forecast.profile": profile}, "computed")).values())
+        for profile in PROFILES
     }

@@ -85,7 +85,9 @@ def challenge(
     new behaviour must have seen some of it.
 
     Raises DeploymentError where the history is too short to train on."""
-    trained = _train(settings, spec, sequences, network_of(champion), progress, _holdout(settings, sequences, changed_ms))
+    trained = _train(
+        settings, spec, sequences, network_of(champion), progress, _holdout(settings, sequences, changed_ms)
+    )
     compares = champion is not None and champion.spec == spec
     others: list[Forecaster] = [*([champion] if champion is not None and compares else []), *_baselines(spec)]
     own, *rest = evaluate(sequences, [trained.in_service, *others], trained.holdout_from_ms, trained.before)

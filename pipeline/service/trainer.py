@@ -23,8 +23,8 @@ from dataclasses import dataclass, field
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from models.rnn import load_tensorflow
 from models.forecaster import Model
+from models.rnn import load_tensorflow
 from models.training import TrainingProgress
 from pipeline.errors import BrokerUnavailable, DeploymentError
 from pipeline.kafka.lineage import (

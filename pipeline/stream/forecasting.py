@@ -122,6 +122,11 @@ class Forecasting:
         own = [forecaster for forecaster in self.beside if forecaster is not self.baseline]
         return tuple(column for forecaster in (self.baseline, *own) for column in forecaster.columns())
 
+    def begin(self, table: SensorTable) -> None:
+        """What a partition that has learned nothing yet begins with."""
+        if self.cascade is not None:
+            self.cascade.begin(table.partition)
+
     def swap(self, model: Model | None, table: SensorTable, end_ms: Int64) -> None:
         """Another model from here on: its columns are filled by running the steps that are remembered of each sensor through it; what a
         cascade has learned goes on. end_ms: (sensors) end of each sensor's last step. What the old one had said of steps to come is not
@@ -132,9 +137,13 @@ class Forecasting:
         self._set_model(self.spec, model)
         begun = {column.name for column in self.model_columns()}
         learned = self.cascade.online_columns() if self.cascade else ()
-        if (learned, self.partition_columns()) != (online, shared):  # another horizon: what was learned was learned for others
+        if (learned, self.partition_columns()) != (
+            online,
+            shared,
+        ):  # another horizon: what was learned was learned for others
             begun |= {column.name for column in learned}
             table.replace_partition_columns([column.name for column in shared], self.partition_columns())
+        self.begin(table)
         kept = {column.name for column in self.columns() if before.get(column.name) == column} - begun
         table.replace_columns(before.keys() - kept, [column for column in self.columns() if column.name not in kept])
         if MEMORY_RING not in kept:

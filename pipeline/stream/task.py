@@ -214,7 +214,9 @@ class ForecastTask(StepTask):
 
     def _empty_table(self) -> SensorTable:
         columns = (*self.windows.columns(), *self.forecasting.columns())
-        return SensorTable(columns, (*self.windows.partition_columns(), *self.forecasting.partition_columns()))
+        table = SensorTable(columns, (*self.windows.partition_columns(), *self.forecasting.partition_columns()))
+        self.forecasting.begin(table)
+        return table
 
     def _forecasts(self, topic: str, partition: int, steps: Steps, answers: Answers, chosen: Bool) -> Forecasts:
         rows: Bool | slice = slice(None) if chosen.all() else chosen
