@@ -60,9 +60,9 @@ def save(folder: Path, model: TrainedModel, figures: Sequence[Figures] = ()) -> 
     return manifest
 
 
-def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()) -> Model:
-    """The forecaster, ready to advance. expect: the series it is to serve; None = whatever it was trained on. own: names of
-    the spec in which it may differ.
+def load(folder: Path, expect: SeriesSpec | None = None, brought: bool = False) -> Model:
+    """The forecaster, ready to advance. expect: the series it is to serve; None = whatever it was trained on. brought: it
+    may differ in what a model brings along itself.
 
     Raises ArtifactError: a file is missing, damaged, of another format, or made for another series.
     """
@@ -70,7 +70,7 @@ def load(folder: Path, expect: SeriesSpec | None = None, own: Sequence[str] = ()
     path = folder / MODEL_FILE
     spec = spec_from_dict(manifest["spec"])
     if expect is not None:
-        _compare(folder / MANIFEST_FILE, spec, expect, own)
+        _compare(folder / MANIFEST_FILE, spec, expect, expect.brought if brought else expect.brought[2:])
     if not path.is_file():
         raise ArtifactError(path, "no such file", "the weights that the manifest names", "run `millrace train` again")
     found = _sha256(path)

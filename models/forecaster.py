@@ -11,7 +11,7 @@ Axes, everywhere: B sensors, T steps, C channels, K targets, H leads, Q quantile
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -53,8 +53,15 @@ class SeriesSpec:
     """Q levels, strictly ascending, inside (0, 1)."""
     seasons: tuple[int, ...] = ()
     """Season lengths in steps, ascending, each >= 2; empty if there is none."""
+    seasons_open: bool = field(default=False, compare=False)
+    """The seasons are not known beforehand: training estimates them, and a model brings its own."""
     profile: str = "base"
     """What stands around the network: "base" nothing, "lean" and "accuracy" a cascade (`models.cascade`)."""
+
+    @property
+    def brought(self) -> tuple[str, ...]:
+        """What a model for these series brings along itself: it may differ."""
+        return ("horizon", "quantiles", *(("seasons",) if self.seasons_open else ()), "seasons_open")
 
     @property
     def target_names(self) -> tuple[str, ...]:

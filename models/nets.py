@@ -156,7 +156,9 @@ class QuantileHeads(keras.layers.Layer):  # type: ignore[misc]
         both = self.drops[0](tf.concat([hidden, x], axis=-1), training=training)
         deep = self.drops[1](self.hidden(both), training=training)
         shape = tf.concat([tf.shape(x)[:2], [self.horizon, self.targets]], axis=0)
-        mean = tf.reshape(self.mean(deep) + (self.linear(x) if __import__('os').environ.get('LIN','1')=='1' else 0.0), shape)
+        mean = tf.reshape(
+            self.mean(deep) + (self.linear(x) if __import__("os").environ.get("LIN", "1") == "1" else 0.0), shape
+        )
         offsets = tf.reshape(self.offsets(deep), tf.concat([shape, [len(self.levels)]], axis=0))
         return mean, tf.stop_gradient(mean)[..., None] + self._ordered(offsets)
 

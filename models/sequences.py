@@ -15,8 +15,10 @@ from models.epochs import epochs
 from models.features import Context, SeriesMemory
 from models.forecaster import Column, Forecaster, Prediction, Rows, SeriesSpec
 from models.scaling import RunningScale
+from models.steps import regular
 
 Int64 = NDArray[np.int64]
+SERIES_LOOKED_AT = 12
 Float64 = NDArray[np.float64]
 Bool = NDArray[np.bool_]
 
@@ -60,6 +62,14 @@ class Sequences:
     def take(self, rows: NDArray[np.bool_] | NDArray[np.int64]) -> Sequences:
         """The chosen steps, in the order given; a mask or positions."""
         return Sequences(self.sensor[rows], self.end_ms[rows], self.values[rows], self.reset[rows], self.begin)
+
+    def grid(self, step_ms: int, channels: Sequence[int], most_steps: int) -> Float64:
+        """(T, S) some sensors' series side by side on the grid of steps, NaN = missing: what `estimate_seasons` looks at."""
+        chosen = np.unique(np.linspace(0, max(self.sensors - 1, 0), min(self.sensors, SERIES_LOOKED_AT)).astype(int))
+        rows = [np.flatnonzero(self.sensor == sensor) for sensor in chosen.tolist()]
+        wanted = list(channels)[: max(1, SERIES_LOOKED_AT // max(len(rows), 1))]
+        times = [self.end_ms[at] - 1 for at in rows for _ in wanted]
+        return regular(times, [self.values[at, channel] for at in rows for channel in wanted], step_ms, most_steps)
 
     def after(self, end_ms: int) -> Sequences:
         """The steps that end later; the running scale begins where the others have brought it, as it does in service."""

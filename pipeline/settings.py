@@ -302,11 +302,18 @@ class ForecastSettings(Section, frozen=True):
             extra={"positive": True, "example": '["24h"]'},
         ),
     ] = field(name="season", default=(parse_duration("24h"),))
+    estimate_season: Annotated[
+        bool,
+        Meta(
+            description="Training tells the seasons from its history, and says which; a model brings them along. `season` holds until "
+            "there is one."
+        ),
+    ] = False
     profile: Annotated[
         Literal["base", "lean", "accuracy"],
         Meta(
-            description="What stands around the RNN: `base` nothing; `lean` stages that learn online (docs/accuracy.md), so that there are good "
-            "forecasts before there is a trained model; `accuracy` more of them."
+            description="What stands around the RNN: `base` nothing; `lean` stages that learn online, so that there are good forecasts "
+            "before there is a trained model; `accuracy` more of them."
         ),
     ] = "base"
     warmup_steps: Annotated[int, Meta(description="Steps of a sensor before the model answers for it.", ge=0)] = field(

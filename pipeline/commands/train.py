@@ -68,6 +68,10 @@ def train(
             progress.update(bar, completed=at.epoch - 1 + at.done, description=f"epoch {at.epoch}/{at.epochs} {loss}")
 
         trained = fit(context.settings, task_settings(context.settings).spec, sequences, folder, show)
+    if context.settings.forecast.estimate_season:
+        from pipeline.service.fitting import seasons_of
+
+        context.note(f"{seasons_of(trained.model.forecaster.spec)}, told from the history (forecast.estimate_season)")
     _report(context, trained, folder)
 
 

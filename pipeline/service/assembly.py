@@ -59,6 +59,7 @@ def series_spec(settings: Settings, rule: WindowRule) -> SeriesSpec:
         horizon=settings.forecast.horizon,
         quantiles=settings.forecast.quantiles,
         seasons=tuple(sorted({season_ms // rule.hop_ms for season_ms in settings.forecast.season_ms})),
+        seasons_open=settings.forecast.estimate_season,
         profile=settings.forecast.profile,
     )
 

@@ -25,7 +25,7 @@ from pipeline.errors import DeploymentError, SettingsError
 from pipeline.kafka.registry import RegistryReader
 from pipeline.kafka.source import RecordSource
 from pipeline.service.assembly import task_settings
-from pipeline.service.feed import OWN, load_version
+from pipeline.service.feed import load_version
 from pipeline.service.files import FileLayout
 from pipeline.service.inputs import FileInput, Input, TopicInput
 from pipeline.service.keeping import Folder, Keeper, Memory, planned, require_free
@@ -300,7 +300,7 @@ def model_of(name: str, spec: SeriesSpec, registry: RegistryReader | None) -> tu
     """With its manifest."""
     if Path(name).is_dir() or registry is None:
         try:
-            return load(Path(name), expect=spec, own=OWN), read_manifest(Path(name))
+            return load(Path(name), expect=spec, brought=True), read_manifest(Path(name))
         except ArtifactError as error:
             raise DeploymentError(str(error)) from error
     version = registry.view.resolve(name)

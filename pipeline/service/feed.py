@@ -28,8 +28,6 @@ log = logging.getLogger(__name__)
 
 POLL_TIMEOUT_MS = 500
 RETRY_SECONDS = 5.0
-OWN = ("horizon", "quantiles")
-"""What a model brings along itself: it may differ from the settings'."""
 
 
 class ModelFeed:
@@ -124,13 +122,13 @@ def load_version(reader: RegistryReader, version: str, spec: SeriesSpec) -> Mode
         (folder / MODEL_FILE).write_bytes(body)
         (folder / MANIFEST_FILE).write_text(json.dumps(manifest), encoding="utf-8")
         try:
-            model = load(folder, expect=spec, own=OWN)
+            model = load(folder, expect=spec, brought=True)
         except ArtifactError as error:
             raise DeploymentError(
                 f"model {version}: {error.found}; expected {error.expected}; put another into service (`millrace models "
                 "promote VERSION`), or set the settings back"
             ) from error
-    for key in OWN:
+    for key in ("horizon", "quantiles"):
         if getattr(model.spec, key) != getattr(spec, key):
             log.warning(
                 "model %s forecasts with %s = %s, the settings say %s: that comes with the next training",

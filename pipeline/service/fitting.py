@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,11 +14,16 @@ from models.baselines import LastValue, SeasonalNaive
 from models.evaluation import Figures, evaluate
 from models.forecaster import Forecaster, Model, SeriesSpec
 from models.gate import GateRule, Verdict, judge
+from models.seasonality import MOST_STEPS, estimate_seasons
 from models.sequences import Sequences
 from models.training import Neural, TrainedModel, TrainingError, TrainingProgress, figures, network_of, train
 from pipeline.errors import DeploymentError
-from pipeline.settings import Settings
+from pipeline.settings import Settings, format_duration
 
+log = logging.getLogger(__name__)
+
+MOST_SEASONS = 2
+"""A day and a week, say."""
 CHALLENGER, CHAMPION = "challenger", "champion"
 
 
@@ -64,6 +70,7 @@ def fit(
     """Train as the settings say, score on the held-back part, and store in `folder`.
 
     Raises DeploymentError where the history is too short to train on."""
+    spec = learned_spec(spec, sequences, None)
     trained = _train(settings, spec, sequences, None, progress)
     found = figures(trained, sequences, _baselines(spec))
     save(folder, trained, found)
@@ -105,6 +112,28 @@ def challenge(
         body = (Path(name) / MODEL_FILE).read_bytes()
     parent = champion.version if champion is not None and trained.warm else ""
     return Challenge(trained, manifest, body, found, verdict, parent, trained.seconds)
+
+
+def learned_spec(spec: SeriesSpec, sequences: Sequences, champion: Model | None) -> SeriesSpec:
+    """The series with their seasons: where these are open, the champion's or, for a first model, what the history shows."""
+    if not spec.seasons_open:
+        return spec
+    if champion is not None:
+        return replace(spec, seasons=champion.spec.seasons)
+    found = estimate_seasons(sequences.grid(spec.step_ms, spec.targets, MOST_STEPS), spec.step_ms, MOST_SEASONS)
+    spec = replace(spec, seasons=tuple(season.steps for season in found))
+    log.info("%s, told from %s steps of %s sensors", seasons_of(spec), f"{len(sequences):,}", f"{sequences.sensors:,}")
+    return spec
+
+
+def seasons_of(spec: SeriesSpec) -> str:
+    """In words.
+
+    >>> seasons_of(SeriesSpec(("t.mean",), (0,), 900_000, 4, (0.5,), (96, 672)))
+    'seasons 1d (96 steps) and 7d (672 steps)'
+    """
+    lengths = [f"{format_duration(steps * spec.step_ms)} ({steps:,} steps)" for steps in spec.seasons]
+    return f"season{'s' if len(lengths) > 1 else ''} {' and '.join(lengths)}" if lengths else "no season"
 
 
 def _train(

@@ -37,7 +37,6 @@ from pipeline.kafka.lineage import (
 )
 from pipeline.kafka.registry import RegistryReader, read, write
 from pipeline.service.assembly import task_settings
-from pipeline.service.feed import OWN
 from pipeline.settings import Settings
 
 FIGURES = ("pinball", "mse", "mae", "coverage", "expected_coverage", "labels")
@@ -257,9 +256,10 @@ def require_promotable(settings: Settings, version: Version, force: bool) -> Non
 def require_spec(settings: Settings, label: str, manifest: dict[str, Any]) -> None:
     """Raises DeploymentError, naming the keys, where a manifest speaks of other series than the settings. Horizon and quantiles
     are the model's own."""
-    ours = json.loads(json.dumps(asdict(task_settings(settings).spec)))
+    spec = task_settings(settings).spec
+    ours = json.loads(json.dumps(asdict(spec)))
     theirs = manifest["spec"]
-    different = [key for key in ours if theirs.get(key) != ours[key] and key not in OWN]
+    different = [key for key in ours if theirs.get(key) != ours[key] and key not in spec.brought]
     if different:
         found = ", ".join(f"{key}={theirs.get(key)!r}" for key in different)
         expected = ", ".join(f"{key}={ours[key]!r}" for key in different)

@@ -229,9 +229,9 @@ class Forecasting:
 
 
 def require_series(found: SeriesSpec, expected: SeriesSpec) -> None:
-    """Raises ValueError unless a model for `found` can serve what `expected` describes; horizon and quantiles are its own."""
+    """Raises ValueError unless a model for `found` can serve what `expected` describes; what a model brings along is its own."""
     for name in ("channels", "targets", "step_ms", "seasons", "profile"):
-        if getattr(found, name) != getattr(expected, name):
+        if name not in expected.brought and getattr(found, name) != getattr(expected, name):
             raise ValueError(
                 f"the model was made for {name} = {getattr(found, name)!r}, the stream delivers {getattr(expected, name)!r}"
             )
