@@ -46,6 +46,7 @@ INPUT_CLIP = 8.0
 BASE_LIMIT = 100.0
 """Of what the network is to correct, in its unit."""
 TINY = 1e-30
+ANOTHER_ORDER = 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,10 +167,13 @@ class Cascade:
             mean, quantiles = self.network.offsets(rows, block, context.on(ground))
             scale = (sight.fast / sight.unit).astype(np.float32).reshape(*shape[:3], 1)
             awake = (context.steps >= self.network.warmup_steps)[:, None, :, None]
-            correction = np.where(awake, mean.transpose(0, 3, 1, 2) * scale, np.float32(np.nan))
+            correction = mean.transpose(0, 3, 1, 2) * scale
+            if not awake.all():
+                correction = np.where(awake, correction, np.float32(np.nan))
             experts += [said[name].reshape(shape) + correction for name in self._corrected]
             spread = self.calibration.distances(quantiles.transpose(0, 3, 1, 2, 4)) * scale[..., None]
-            spread = np.where(awake[..., None] & np.isfinite(spread), spread, self.calibration.gaussian(losses))
+            if not (awake.all() and np.isfinite(spread.sum())):
+                spread = np.where(awake[..., None] & np.isfinite(spread), spread, self.calibration.gaussian(losses))
         point = self.mixture.mixed(experts, self.mixture.weights(losses))
         answer = point[..., None] + self.calibration.offsets(rows, context.shared, spread)
         self._keep(rows, block, context, experts, answer)
@@ -177,9 +181,14 @@ class Cascade:
             answer = np.full_like(answer, np.nan)  # nobody has learned anything yet
         anchor = sight.anchor.reshape(*shape[:3]) + context.origin[:, list(self.spec.targets), None]
         unit = sight.unit.reshape(*shape[:3])
+        anchor, unit = anchor.astype(np.float32), unit.astype(np.float32)
+        point *= unit[..., None]
+        point += anchor[..., None]
+        answer *= unit[..., None, None]
+        answer += anchor[..., None, None]
         return Prediction(
-            (anchor[..., None] + unit[..., None] * point).transpose(0, 2, 3, 1).astype(np.float32),
-            (anchor[..., None, None] + unit[..., None, None] * answer).transpose(0, 2, 3, 1, 4).astype(np.float32),
+            np.ascontiguousarray(point.transpose(0, 2, 3, 1)),
+            np.ascontiguousarray(answer.transpose(0, 2, 3, 1, 4)),
             ground,
         )
 
@@ -220,7 +229,7 @@ class Cascade:
         return self._look(Stretch(history, average, steps, anchor, fast, unit, phase))
 
     def _look(self, stretch: Stretch) -> Sight:
-        full, small = (lag_features(plan, stretch) for plan in self._plans)
+        full, small = lag_features(self._plans, stretch)
         return Sight(View(full, small, len(self.spec.targets)), stretch.anchor, stretch.unit, stretch.limit)
 
     def _online(self, rows: Rows, shared: Shared, view: View) -> dict[str, Float32]:
@@ -236,6 +245,8 @@ class Cascade:
         """(N, T, H)"""
         distance = (context.season_values() - context.last[:, :, None, :]).transpose(0, 3, 1, 2)
         found = distance.reshape(*sight.unit.shape, -1) / sight.unit[..., None]
+        far = (CLIP_VOLATILITIES * sight.fast / sight.unit)[..., None]
+        found = np.clip(found, -far, far)  # a spike of a season ago is no forecast
         return np.nan_to_num(found, nan=0.0).astype(np.float32)
 
     def _ground(self, context: Context, sight: Sight, said: dict[str, Float32]) -> Ground:
@@ -273,16 +284,35 @@ class Cascade:
             return np.empty(0, np.int32)
         shared[EPOCH][...] = epoch
         waiting = np.flatnonzero(columns[PENDING] > 0).astype(np.int32)
-        own = [column.name for column in self.online_columns()]
+        own = [column.name for column in (*self.online_columns(), *self._scaling.columns())]
         for first in range(0, len(waiting), LESSON_ROWS):
             sensors = waiting[first : first + LESSON_ROWS]
             rows = {name: column[sensors] for name, column in columns.items()}
+            self._begin_anew(rows)
             self.learn(rows, shared)
             for name in own:
                 columns[name][sensors] = rows[name]
         if len(waiting):
             self.settle(columns, shared)
         return waiting
+
+    def _begin_anew(self, rows: Rows) -> None:
+        """A sensor whose moves have become of another order of magnitude, up or down, and stay so (another unit, another range): what was
+        learned of it, its scale included, is forgotten. The median of a season's moves tells it: no spike does."""
+        ring = rows["memory.ring"][..., list(self.spec.targets)].astype(np.float64)
+        season = look_back(self.spec)
+        moves = np.abs(ring[:, -season:] - ring[:, -season - self.volatility.lag : -self.volatility.lag])
+        known = np.asarray(np.isfinite(moves).all(axis=1))
+        usual = np.median(np.where(known[:, None], moves, 0.0), axis=1)
+        slow = np.sqrt(rows["volatility.square"][..., 0])
+        other = known & (usual > 0) & (slow > 0) & ((usual > ANOTHER_ORDER * slow) | (usual < slow / ANOTHER_ORDER))
+        alien = other.any(axis=1) & (rows["volatility.count"].min(axis=1) > 2 * season)
+        if not alien.any():
+            return
+        for column in (*self.online_columns(), *self._scaling.columns()):
+            if column.name not in (PENDING, END_MS):
+                rows[column.name][alien] = column.fill
+        rows[PENDING][alien] = 0
 
     def learn(self, rows: Rows, shared: Shared) -> None:
         """A lesson for some sensors, from what has matured since their last one. Sensors without news may be left out."""

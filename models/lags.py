@@ -13,8 +13,8 @@ model of realized volatility, J. Financial Econometrics 7(2), for means over gro
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from models.forecaster import SeriesSpec
 
 Float32 = NDArray[np.float32]
 Float64 = NDArray[np.float64]
+Bool = NDArray[np.bool_]
 
 CLIP_VOLATILITIES = 12.0
 """Distances beyond say "far out" and no more: one spike must not tear a regression away."""
@@ -31,6 +32,8 @@ ANCHOR_STEPS = 9
 """An anchor further than CLIP_VOLATILITIES from the median of so many steps is an outlier; how far, is a feature of its own, from
 which a series learns whether such values stay or vanish."""
 EXCESS_LIMIT = 1000.0
+ABSURD = 1e6
+"""Volatilities."""
 CONSTANT, EXCESS, RANGES = 0, 1, 2
 """Places of the first features."""
 
@@ -58,12 +61,6 @@ class LagPlan:
     def reach(self) -> int:
         """The furthest lag."""
         return max(last for _, last in (*self.ranges, *self.averages))
-
-    @cached_property
-    def edges(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """First and last lag of each range, of the series and of the average."""
-        pairs = np.array([*self.ranges, *self.averages], np.int64)
-        return pairs[:, 0], pairs[:, 1]
 
 
 def full_plan(spec: SeriesSpec) -> LagPlan:
@@ -132,30 +129,36 @@ class Stretch:
     """(N, T, seasons) phase of the origin in each season, 0 .. 2 pi."""
 
 
-def lag_features(plan: LagPlan, stretch: Stretch) -> Float32:
-    """(N, T, p), finite: constant, excess of the anchor, ranges, bands, calendar. A range in which nothing is known is where the anchor
-    is."""
-    series, steps = stretch.anchor.shape
-    out = np.empty((series, steps, plan.size), np.float32)
-    anchor = np.where(np.isnan(stretch.anchor), 0.0, stretch.anchor)
-    unit = stretch.unit
+def lag_features(plans: Sequence[LagPlan], stretch: Stretch) -> list[Float32]:
+    """(N, T, p) of each plan, finite: constant, excess of the anchor, ranges, bands, calendar. A range in which nothing is known is where
+    the anchor is."""
     limit = CLIP_VOLATILITIES * stretch.limit
+    excess = np.clip(_excess(stretch, limit) / stretch.unit, -EXCESS_LIMIT, EXCESS_LIMIT)
+    series = RunningSums.of(stretch.history, stretch)
+    average = RunningSums.of(stretch.average, stretch) if any(plan.averages for plan in plans) else None
+    return [_features(plan, stretch, limit, excess, series, average) for plan in plans]
+
+
+def _features(
+    plan: LagPlan, stretch: Stretch, limit: Float64, excess: Float64, series: RunningSums, average: RunningSums | None
+) -> Float32:
+    out = np.empty((*stretch.anchor.shape, plan.size), np.float32)
+    anchor = np.where(np.isnan(stretch.anchor), 0.0, stretch.anchor)[..., None]
     out[..., CONSTANT] = 1.0
-    out[..., EXCESS] = np.clip(_excess(stretch, limit) / unit, -EXCESS_LIMIT, EXCESS_LIMIT)
-    at, scale = RANGES, (limit / unit)[..., None]
-    first, last = plan.edges
-    for source, lags in (
-        (stretch.history, slice(0, len(plan.ranges))),
-        (stretch.average, slice(len(plan.ranges), None)),
-    ):
-        count = len(first[lags])
-        if not count:
+    out[..., EXCESS] = excess
+    at, bound, per_unit = RANGES, (limit / stretch.unit)[..., None], (1.0 / stretch.unit)[..., None]
+    for sums, ranges in ((series, plan.ranges), (average, plan.averages)):
+        if sums is None or not ranges:
             continue
-        means, known = _range_means(source, stretch.first, steps, first[lags], last[lags])
-        distance = (means - anchor[..., None]) / unit[..., None]
-        np.clip(distance, -scale, scale, out=distance)
-        out[..., at : at + count] = distance if known is None else np.where(known, distance, 0.0)
-        at += count
+        distance, known = sums.means(stretch, ranges)
+        distance -= anchor
+        distance *= per_unit
+        np.minimum(distance, bound, out=distance)
+        into = out[..., at : at + len(ranges)]
+        np.maximum(distance, -bound, out=into, casting="same_kind")
+        if known is not None:
+            into[~known] = 0.0
+        at += len(ranges)
     for harmonic in range(1, plan.harmonics + 1):
         for wave in (np.sin, np.cos):
             out[..., at : at + plan.seasons] = wave(harmonic * stretch.phase)
@@ -173,26 +176,51 @@ def damping(features: Float32, stretch: Stretch) -> Float32:
     return np.minimum(1.0, allowed / np.maximum(np.abs(features[..., EXCESS]), 1e-30)).astype(np.float32)
 
 
-def _range_means(
-    source: Float64, first: int, steps: int, low: NDArray[np.int64], high: NDArray[np.int64]
-) -> tuple[Float64, NDArray[np.bool_] | None]:
-    """(N, T, n) means over lags low..high, and where anything is known; None: everywhere."""
-    places = source.shape[1] - first + np.arange(steps)[:, None] + 1
-    newest, oldest = np.maximum(places - low + 1, 0), np.maximum(places - high, 0)
-    missing = np.isnan(source)
-    if not missing.any():
-        sums = _sums(source)
+@dataclass(frozen=True, slots=True)
+class RunningSums:
+    """Of the first 0, 1, 2 ... values of each series: what means over ranges are told from."""
+
+    values: Float64
+    """(N, R + 1)"""
+    counts: Float64 | None
+    """(N, R + 1) of those that are known; None: all are."""
+
+    @staticmethod
+    def of(source: Float64, stretch: Stretch) -> RunningSums:
+        """source: (N, R), NaN = missing."""
+        known = ~np.isnan(source)
+        whole = bool(known.all())
+        values = source if whole else np.where(known, source, 0.0)
+        # What is absurdly far out is clipped later anyway; in a sum it would cost its neighbours their digits.
+        far = ABSURD * stretch.limit[:, -1:]
+        centre = np.where(np.isnan(stretch.anchor[:, -1:]), 0.0, stretch.anchor[:, -1:])
+        if (np.abs(values).max(axis=1, initial=0.0) > far[:, 0]).any():
+            values = np.clip(values, np.minimum(centre - far, 0.0), np.maximum(centre + far, 0.0))
+        return RunningSums(_sums(values), None if whole else _sums(known))
+
+    def means(self, stretch: Stretch, ranges: Sequence[Range]) -> tuple[Float64, Bool | None]:
+        """(N, T, n) over each range of lags, and where anything is known; None: everywhere."""
+        low, high = np.array(ranges, np.int64).T
+        size = self.values.shape[1] - 1
+        places = size - stretch.first + np.arange(stretch.anchor.shape[1])[:, None] + 1
+        newest, oldest = np.maximum(places - low + 1, 0), np.maximum(places - high, 0)
+        total = np.take(self.values, newest, axis=1)
+        total -= np.take(self.values, oldest, axis=1)
         width = newest - oldest
-        if width.all():
-            return (sums[:, newest] - sums[:, oldest]) / width, None
-    sums, counts = _sums(np.where(missing, 0.0, source)), _sums(~missing)
-    count = counts[:, newest] - counts[:, oldest]
-    known = count > 0.5
-    return (sums[:, newest] - sums[:, oldest]) / np.where(known, count, 1.0), known
+        if self.counts is None and width.all():
+            total *= 1.0 / width
+            return total, None
+        if self.counts is None:
+            count = np.broadcast_to(width.astype(np.float64), total.shape)
+        else:
+            count = np.take(self.counts, newest, axis=1) - np.take(self.counts, oldest, axis=1)
+        known = count > 0.5
+        total /= np.where(known, count, 1.0)
+        return total, known
 
 
-def _sums(values: NDArray[np.float64] | NDArray[np.bool_]) -> Float64:
-    """(N, R + 1) sums of the first 0, 1, 2 ... R values."""
+def _sums(values: Float64 | Bool) -> Float64:
+    """(N, R + 1)"""
     out = np.zeros((values.shape[0], values.shape[1] + 1))
     np.cumsum(values, axis=1, out=out[:, 1:])
     return out

@@ -30,17 +30,21 @@ PLACES = 6
 """Leads at which errors are weighed and quantiles kept; between them it is interpolated."""
 KEPT = 8
 """Forecasts of each lead that wait at a time, about: of a far lead every n-th is kept, its errors hang together anyway."""
-MEMORY_SEASONS = 50.0
-"""How long errors are remembered: a series that is calm for weeks has not lost its bursts."""
-SHARPNESS = 15.0
+MEMORY_SEASONS = (10.0, 50.0)
+"""How long errors are remembered, twice: what is better now counts, and that a series that is calm for weeks has not lost its bursts."""
+SHARPNESS = 25.0
 RATE = 0.005
-"""Of the quantiles, a step."""
+"""Of the quantiles, a step, at the level RATE_FOR."""
+RATE_FOR = 0.1
 WIDEST = 4.0
 """Bound of theta: e^4 = 55 times as wide as the stages say."""
 FAR = 30.0
 """An error counts no more than so many times what is usual of the best expert: one spike does not make all experts alike."""
 USUAL_STEPS = 50.0
 """What is usual in the partition counts like so many steps of the series' own."""
+LEAST_LOSS = 1e-3
+"""Units squared: a series that has stood still so far will have errors again."""
+MEDIAN_OF = 2000
 LEAST_SPREAD = 1e-3
 """Units."""
 UNTRIED = 4.0
@@ -124,21 +128,21 @@ class Mixture:
         self._leads = lead_places(horizon, PLACES)
         self._expand = interpolation(horizon, self._leads)
         self._targets = targets
-        self._kept = 1.0 - 1.0 / (MEMORY_SEASONS * season)
+        self._kept = 1.0 - 1.0 / (np.array(MEMORY_SEASONS) * season)
         self._untried = np.full(len(experts), UNTRIED)
         self._untried[baseline] = 1.0
 
     def columns(self) -> tuple[Column, ...]:
         float32 = np.dtype(np.float32)
-        leads = (self._targets, len(self._leads))
-        return (Column("mixture.loss", (*leads, len(self.experts)), float32), Column("mixture.count", leads, float32))
+        shape = (self._targets, len(self._leads), len(self._kept))
+        return (Column("mixture.loss", (*shape, len(self.experts)), float32), Column("mixture.count", shape, float32))
 
     def partition_columns(self) -> tuple[Column, ...]:
-        shape = (self._targets, len(self._leads), len(self.experts))
+        shape = (self._targets, len(self._leads), len(self._kept), len(self.experts))
         return (Column("mixture.usual", shape, np.dtype(np.float64), fill=np.nan),)
 
     def losses(self, rows: Rows, shared: Shared) -> Float64:
-        """(B, K, m, E) squared error of each expert, units squared."""
+        """(B, K, m, 2, E) squared error of each expert by memory, units squared."""
         usual = shared["mixture.usual"]
         usual = np.where(np.isnan(usual), self._untried, usual)
         count = rows["mixture.count"][..., None]
@@ -146,23 +150,24 @@ class Mixture:
 
     def weights(self, losses: Float64) -> Float32:
         """(B, K, H, E), summing to 1."""
-        relative = losses / (losses.min(axis=-1, keepdims=True) + 1e-9)
+        relative = (losses / (losses.min(axis=-1, keepdims=True) + 1e-9)).mean(axis=-2)
         weight = np.exp(-SHARPNESS * (relative - relative.min(axis=-1, keepdims=True)))
         weight /= weight.sum(axis=-1, keepdims=True)
-        return np.asarray(np.einsum("hm,bkme->bkhe", self._expand, weight), np.float32)
+        by_expert = np.ascontiguousarray(np.moveaxis(weight, -1, 0), np.float32)
+        return np.asarray(np.moveaxis(by_expert @ self._expand.T, 0, -1))
 
     def mixed(self, experts: Sequence[Float32], weights: Float32) -> Float32:
         """(B, K, T, H) from E forecasts of that shape; where one is NaN, the one that it stands on speaks. weights: (B, K, H, E)."""
         out = np.zeros_like(experts[0])
         for number, expert in enumerate(experts):
-            silent = np.isnan(expert)
-            if silent.any():
+            if np.isnan(expert.sum()):
+                silent = np.isnan(expert)
                 expert = np.where(silent, experts[self._stands_for[number]], expert)
             out += expert * weights[:, :, None, :, number]
         return out
 
     def forget(self, rows: Rows, pending: Int64) -> None:
-        kept = (self._kept**pending).astype(np.float32)[:, None, None]
+        kept = (self._kept ** pending[:, None]).astype(np.float32)[:, None, None, :]
         rows["mixture.count"] *= kept
         rows["mixture.loss"] *= kept[..., None]
 
@@ -170,18 +175,22 @@ class Mixture:
         said = matured.said[..., : len(self.experts)]
         said = np.where(np.isnan(said), said[..., self._stands_for], said)
         error = np.abs(matured.label[..., None] - said)
-        known = np.asarray(np.isfinite(error).all(axis=-1))
-        best = self.losses(rows, shared)[:, :, number].min(axis=-1)
-        square = np.minimum(np.where(known[..., None], error, 0.0) ** 2, (FAR**2 * best)[:, None, :, None])
-        rows["mixture.loss"][:, :, number] += stride * square.sum(axis=1)
-        rows["mixture.count"][:, :, number] += stride * known.sum(axis=1)
+        known = np.asarray(
+            ~np.isnan(error).any(axis=-1)
+        )  # infinite: said so far out that half precision does not hold it
+        best = np.maximum(self.losses(rows, shared)[:, :, number, 0].min(axis=-1), LEAST_LOSS)
+        far = FAR * np.sqrt(best)[:, None, :, None]
+        square = np.minimum(np.where(known[..., None], error, 0.0), far) ** 2
+        rows["mixture.loss"][:, :, number] += stride * square.sum(axis=1)[:, :, None]
+        rows["mixture.count"][:, :, number] += stride * known.sum(axis=1)[:, :, None]
 
     def settle(self, rows: Rows, shared: Shared) -> None:
-        """What is usual: the mean over all series that know something. rows: of all sensors."""
-        loss, count = rows["mixture.loss"].astype(np.float64), rows["mixture.count"].astype(np.float64)
-        total = count.sum(axis=0)[..., None]
-        usual = shared["mixture.usual"]
-        usual[:] = np.where(total > 0, loss.sum(axis=0) / np.maximum(total, 1e-9), usual)
+        """What is usual: the median over all series that know something. rows: of all sensors."""
+        count = rows["mixture.count"][..., None]
+        usual, known = shared["mixture.usual"], count > 0
+        if known.any():
+            each = np.where(known, rows["mixture.loss"] / np.maximum(count, 1e-9), np.nan)
+            usual[:] = np.where(known.any(axis=0), _median(each), usual)
 
 
 class Calibration:
@@ -197,7 +206,11 @@ class Calibration:
         self._targets = targets
         outer = self.levels[self.tracked]
         self._above = outer > 0.5
+        self._sign = np.where(self._above, 1, -1).astype(np.float32)
+        self._cannot_cross = max(self._above.sum(), (~self._above).sum()) <= 1
         self._promised = np.where(self._above, 1 - outer, outer)
+        # As fast for a level that is seldom passed: its misses say more.
+        self._rate = RATE * np.sqrt(RATE_FOR * (1 - RATE_FOR) / (outer * (1 - outer)))
         self._normal = np.array([abs(NormalDist().inv_cdf(level)) for level in outer], np.float32)
 
     def columns(self) -> tuple[Column, ...]:
@@ -210,39 +223,47 @@ class Calibration:
 
     def gaussian(self, losses: Float64) -> Float32:
         """(B, K, 1, H, Q') spreads where no stage says any: those of the errors of the best expert."""
-        deviation = np.sqrt(losses.min(axis=-1)) @ self._expand.T
+        deviation = np.sqrt(losses[..., 0, :].min(axis=-1)) @ self._expand.T
         return np.asarray(deviation[:, :, None, :, None] * self._normal, np.float32)
 
     def distances(self, quantiles: Float32) -> Float32:
         """(..., Q) any ascending quantiles -> (..., Q') how far each tracked one is from the middle one."""
         middle = int(np.argmin(np.abs(self.levels - 0.5)))
-        return np.asarray(np.abs(quantiles[..., self.tracked] - quantiles[..., middle : middle + 1]))
+        return np.asarray(np.abs(np.take(quantiles, self.tracked, axis=-1) - quantiles[..., middle : middle + 1]))
 
     def offsets(self, rows: Rows, shared: Shared, spread: Float32) -> Float32:
         """(B, K, T, H, Q) distances from the point forecast, ascending. spread: (B, K, T or 1, H, Q') what the stages say, >= 0."""
         width = rows[self._width]
         width = np.where(np.isnan(width), shared[self._usual], width)
-        factor = np.exp(np.einsum("hm,bkmq->bkhq", self._expand, width)).astype(np.float32)
-        off = np.maximum(spread, np.float32(LEAST_SPREAD)) * factor[:, :, None]
+        by_level = np.ascontiguousarray(np.moveaxis(width, -1, 0), np.float32)
+        factor = np.moveaxis(np.exp(by_level @ self._expand.T), 0, -1)
+        off = np.maximum(spread, np.float32(LEAST_SPREAD)) * (factor * self._sign)[:, :, None]
         out = np.zeros((*off.shape[:-1], len(self.levels)), np.float32)
-        out[..., self.tracked] = np.where(self._above, off, -off)
-        return np.sort(out, axis=-1)
+        for number, level in enumerate(self.tracked.tolist()):
+            out[..., level] = off[..., number]
+        return out if self._cannot_cross else np.sort(out, axis=-1)
 
     def learn(self, rows: Rows, shared: Shared, number: int, stride: int, matured: Matured) -> None:
         quantile = matured.said[..., -len(self.tracked) :]
         label = matured.label[..., None]
-        known: Bool = np.isfinite(label) & np.isfinite(quantile)
+        known: Bool = np.isfinite(label) & ~np.isnan(quantile)
         beyond = np.where(self._above, label - quantile, quantile - label) > LEAST_SPREAD
         step = np.where(known, beyond - self._promised, 0.0).sum(axis=1)
         width = rows[self._width][:, :, number]
         width = np.where(np.isnan(width), shared[self._usual][:, number], width)
-        learned = np.clip(width + RATE * stride * step, -WIDEST, WIDEST)
+        learned = np.clip(width + self._rate * stride * step, -WIDEST, WIDEST)
         rows[self._width][:, :, number] = np.where(known.any(axis=1), learned, rows[self._width][:, :, number])
 
     def settle(self, rows: Rows, shared: Shared) -> None:
         """rows: of all sensors."""
-        width = rows[self._width]
+        width, usual = rows[self._width], shared[self._usual]
         known = np.isfinite(width)
-        count = known.sum(axis=0)
-        total = np.where(known, width, 0.0).sum(axis=0, dtype=np.float64)
-        shared[self._usual][:] = np.where(count > 0, total / np.maximum(count, 1), shared[self._usual])
+        if known.any():
+            usual[:] = np.where(known.any(axis=0), _median(width), usual)
+
+
+def _median(values: Float32 | Float64) -> Float64:
+    """Along the first axis, of those that are known; 0 where none is. Some thousand tell it well enough."""
+    values = values[:: max(1, len(values) // MEDIAN_OF)]
+    known = np.isfinite(values).any(axis=0)
+    return np.asarray(np.where(known, np.nanmedian(np.where(known, values, 0.0), axis=0), 0.0), np.float64)

@@ -48,31 +48,30 @@ class ResidualSpread:
         float32 = np.dtype(np.float32)
         return (
             Column(self._variance, (self._targets, len(self._places)), float32),
-            Column(self._count, (self._targets,), float32),
+            Column(self._count, (self._targets, len(self._places)), float32),
         )
 
     def held(self, rows: Rows, residual: Float32, weight: Float32) -> Float32:
         """(N, P, H) residuals, clipped to what is usual of them; NaN stays. Then the variance learns of them."""
         variance, count = _flat(rows[self._variance]), _flat(rows[self._count])
-        known = count > HUBER_FROM
-        limit = np.where(known[:, None], HUBER * np.sqrt(variance), LARGEST_LABEL) @ self._expand.T
+        limit = np.where(count > HUBER_FROM, HUBER * np.sqrt(variance), LARGEST_LABEL) @ self._expand.T
         held = np.clip(residual, -limit[:, None, :], limit[:, None, :])
-        wild = np.clip(
-            residual[..., self._places - 1], -3 * limit[:, None, self._places - 1], 3 * limit[:, None, self._places - 1]
-        )
-        seen = np.isfinite(wild).all(axis=2) & (weight > 0)
-        square = np.where(seen[..., None], wild, 0.0) ** 2
+        at = self._places - 1
+        wild = np.clip(residual[..., at], -3 * limit[:, None, at], 3 * limit[:, None, at])
+        seen = np.isfinite(wild) & (weight > 0)[..., None]
         fresh = seen.sum(axis=1)
         kept = count * VARIANCE_FORGETTING**fresh
         total = kept + fresh
-        variance[:] = (variance * kept[:, None] + square.sum(axis=1)) / np.maximum(total, 1.0)[:, None]
+        variance[:] = (variance * kept + (np.where(seen, wild, 0.0) ** 2).sum(axis=1)) / np.maximum(total, 1.0)
         count[:] = total
         return np.asarray(held, np.float32)
 
     def overall(self, rows: Rows) -> Float64:
         """(N,) mean over the leads; 1 where nothing is known yet."""
         variance, count = _flat(rows[self._variance]), _flat(rows[self._count])
-        return np.where(count > 0, variance.mean(axis=1, dtype=np.float64), 1.0)
+        known = count > 0
+        mean = np.where(known, variance, 0.0).sum(axis=1, dtype=np.float64) / np.maximum(known.sum(axis=1), 1)
+        return np.where(known.any(axis=1), mean, 1.0)
 
 
 class PooledRidge:

@@ -16,6 +16,8 @@ from models.forecaster import Column, Rows, SeriesSpec
 Float64 = NDArray[np.float64]
 
 FORGETTING = 0.1
+RUN_STEPS = 4
+"""A run of so many values far from the average is no spike."""
 
 
 class SeasonalAverage:
@@ -24,7 +26,7 @@ class SeasonalAverage:
     def __init__(self, spec: SeriesSpec, steps: int) -> None:
         self.spec = spec
         self.season = spec.seasons[0] if spec.seasons else 0
-        self.steps = max(steps, self.season) if self.season else 0
+        self.steps = max(steps, self.season + RUN_STEPS) if self.season else 0
 
     def columns(self) -> tuple[Column, ...]:
         if not self.season:
@@ -45,13 +47,28 @@ class SeasonalAverage:
         )
         for first in range(0, steps, self.season):
             span = slice(first, min(first + self.season, steps))
-            before = out[:, self.steps - self.season + span.start : self.steps - self.season + span.stop]
-            off = np.clip(value[:, span] - before, -limit[:, span], limit[:, span])
-            after = np.where(np.isnan(off), before, before + gain[:, span] * off)
-            out[:, self.steps + span.start : self.steps + span.stop] = np.where(np.isnan(before), value[:, span], after)
+            at = slice(self.steps + span.start, self.steps + span.stop)
+            before = out[:, at.start - self.season : at.stop - self.season]
+            off = value[:, span] - before
+            held = np.clip(off, -limit[:, span], limit[:, span])
+            after = np.where(np.isnan(off), before, before + gain[:, span] * held)
+            elsewhere = self._elsewhere(context, out, at, limit[:, span])
+            out[:, at] = np.where(np.isnan(before) | elsewhere, value[:, span], after)
         if live.all():
             rows["average.ring"][:] = out[:, steps:]
         else:
             newest = live.sum(axis=1)[:, None] + np.arange(self.steps)
             rows["average.ring"][:] = np.take_along_axis(out, newest[..., None], axis=1)
         return out
+
+    def _elsewhere(self, context: Context, out: Float64, at: slice, limit: Float64) -> NDArray[np.bool_]:
+        """(B, steps, K) where the value and those just before it all stand beyond the limit: the course itself has moved, or what it was
+        told from was none."""
+        series = context.history[..., list(self.spec.targets)].astype(np.float64)
+        back = series.shape[1] - out.shape[1]
+        beyond = np.ones(limit.shape, np.bool_)
+        for ago in range(RUN_STEPS):
+            start, stop = at.start - ago, at.stop - ago
+            value, before = series[:, start + back : stop + back], out[:, start - self.season : stop - self.season]
+            beyond &= np.abs(value - before) > limit
+        return beyond

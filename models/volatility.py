@@ -50,20 +50,24 @@ class Volatility:
         square, count = rows["volatility.square"], rows["volatility.count"]
         seen = np.isfinite(moved)
         energy = np.where(seen, moved, 0.0) ** 2
-        path = np.empty((*moved.shape, 2))
+        path, counts = np.empty((*moved.shape, 2)), np.empty(moved.shape, np.int32)
         for step in range(moved.shape[1]):
             now = seen[:, step]
             count += now
             gain = np.where(now[..., None], np.maximum(1.0 / np.maximum(count, 1)[..., None], self._gains), 0.0)
             limit = np.where((square > 0) & (count > self.lag)[..., None], WINSOR**2 * square, np.inf)
             square += gain * (np.minimum(energy[:, step, :, None], limit) - square)
-            path[:, step] = square
-        return self._bounded(path, context.scale)
+            path[:, step], counts[:, step] = square, count
+        young = counts <= self.lag
+        return self._bounded(path, young, context.scale)
 
     def now(self, rows: Rows, scale: Float64) -> tuple[Float64, Float64]:
         """(B, K) slow and fast as they stand. scale: (B, K) running standard deviations."""
-        return self._bounded(rows["volatility.square"], scale)
+        return self._bounded(rows["volatility.square"], rows["volatility.count"] <= self.lag, scale)
 
-    def _bounded(self, square: Float64, scale: Float64) -> tuple[Float64, Float64]:
-        found = np.clip(np.sqrt(square), FLOOR * scale[..., None], CEILING * scale[..., None])
+    def _bounded(self, square: Float64, young: Bool, scale: Float64) -> tuple[Float64, Float64]:
+        """young: too few moves were seen to go by them alone."""
+        scale = scale[..., None]
+        found = np.clip(np.sqrt(square), FLOOR * scale, CEILING * scale)
+        found = np.where(young[..., None], np.maximum(found, scale), found)
         return found[..., 0], found[..., 1]

@@ -196,7 +196,9 @@ class Forecasting:
     def _advance_block(self, block: Block, steps: Steps, table: SensorTable, answers: Answers) -> None:
         if block.reset.any():
             table.refill(block.sensors[block.reset], self._names)
-        rows = table.gather(block.sensors, self._names)
+        stages = ("pooled.", "own.", "full.")
+        names = [n for n in self._names if not (n.startswith(stages) and not n.endswith(".weights"))]
+        rows = table.gather(block.sensors, names)
         live = block.live
         values = steps.values[block.index]
         if not live.all():
@@ -219,7 +221,15 @@ class Forecasting:
         for forecaster, kept in zip(self.beside, answers.beside):
             own = baseline if forecaster is self.baseline else forecaster.advance(rows, step_block, context)
             kept.mean[at], kept.quantiles[at] = own.mean[live], own.quantiles[live]
-        table.scatter(block.sensors, rows)
+        unchanged = (
+            "own.weights",
+            "full.weights",
+            "mixture.loss",
+            "mixture.count",
+            "calibration.error_width",
+            "calibration.network_width",
+        )
+        table.scatter(block.sensors, {name: value for name, value in rows.items() if name not in unchanged})
         answers.scores[at] = scores[live]
         answers.mean[at] = prediction.mean[live]
         answers.quantiles[at] = prediction.quantiles[live]

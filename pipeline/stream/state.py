@@ -68,6 +68,7 @@ class SensorTable:
     ) -> None:
         self.columns = {column.name: column for column in columns}
         self._slot_of: dict[bytes, int] = {}
+        self._texts: list[str] = []
         self.sensors: list[bytes] = []
         """Sensor id of each slot, UTF-8. Slots are given in order of first appearance in the log and never move."""
         self._arrays = {name: _filled(column, capacity) for name, column in self.columns.items()}
@@ -101,9 +102,14 @@ class SensorTable:
             found = list(map(self._slot_of.__getitem__, sensors))
         return np.array(found, np.int32)
 
+    def names(self, slots: Slots) -> list[str]:
+        """(n) the sensors' ids as texts."""
+        self._texts += [sensor.decode() for sensor in self.sensors[len(self._texts) :]]
+        return list(map(self._texts.__getitem__, slots.tolist()))
+
     def gather(self, slots: Slots, names: Iterable[str] | None = None) -> Rows:
         """Copies of the chosen rows; all columns unless named."""
-        return {name: self._arrays[name][slots] for name in (self.columns if names is None else names)}
+        return {name: np.take(self._arrays[name], slots, axis=0) for name in (self.columns if names is None else names)}
 
     def scatter(self, slots: Slots, rows: Rows) -> None:
         """Store rows back. No slot may appear twice."""
@@ -158,6 +164,7 @@ class SensorTable:
             if values.shape[1:] != self.columns[name].shape:
                 raise ValueError(f"column {name} of the snapshot is {values.shape}, the table's {self.columns[name]}")
         self.sensors = list(snapshot.sensors)
+        self._texts = []
         self._slot_of = {sensor: slot for slot, sensor in enumerate(self.sensors)}
         self._grow(len(self.sensors))
         for name, values in snapshot.rows.items():

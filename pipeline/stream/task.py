@@ -220,11 +220,10 @@ class ForecastTask(StepTask):
 
     def _forecasts(self, topic: str, partition: int, steps: Steps, answers: Answers, chosen: Bool) -> Forecasts:
         rows: Bool | slice = slice(None) if chosen.all() else chosen
-        sensors = self.table.sensors
         return Forecasts(
             topic=topic,
             partition=partition,
-            sensors=[sensors[slot].decode() for slot in steps.slot[rows].tolist()],
+            sensors=self.table.names(steps.slot[rows]),
             issued_at_ms=steps.end_ms[rows],
             mean=answers.mean[rows],
             quantiles=answers.quantiles[rows],
