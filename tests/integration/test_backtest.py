@@ -23,7 +23,7 @@ from pipeline.service.files import FileLayout
 from pipeline.service.history import from_topic
 from pipeline.service.question import Question
 from pipeline.service.versions import import_folder
-from pipeline.settings import Settings
+from pipeline.settings import Settings, changed
 from tests.helpers.broker import RunningBroker, produce_records
 from tests.helpers.streams import HOUR, START, fleet
 from tests.helpers.workers import running_worker
@@ -144,9 +144,11 @@ def test_partitions_that_are_apart_in_the_log_come_together_where_a_model_is_tra
 
 
 @pytest.mark.keras
+@pytest.mark.parametrize("profile", ["base", "lean"])
 def test_a_month_of_a_live_run_is_repeated_by_default(
-    broker: RunningBroker, settings: Settings, tmp_path: Path
+    broker: RunningBroker, settings: Settings, tmp_path: Path, profile: str
 ) -> None:
+    settings = changed(settings, {"forecast.profile": profile}, "the test")
     hours, since = 90, START + 60 * HOUR
     past = fleet(8, 80, per_hour=1, seed=1)
     frame = pd.DataFrame([{"unique_id": key.decode(), **json.loads(value)} for key, value in past])

@@ -491,3 +491,27 @@ def until(worker: Any, condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         worker.round()
+
+
+def test_what_a_cascade_has_learned_comes_back_with_its_partition(broker: RunningBroker, settings: Settings) -> None:
+    lean = again(settings, forecast__profile="lean", state__checkpoint_every_ms=3_600_000)
+    send(broker, lean, STREAM[:CUT])
+    work_until(lean, lambda worker: worker.source.committed(0) == CUT)
+    assert read_checkpoint(lean, 0).offset < CUT  # type: ignore[union-attr]
+    send(broker, lean, STREAM[CUT:])
+    assert run_to_the_end(lean).rebuilt > 0
+
+    from pipeline.service.assembly import task_settings
+
+    task = ForecastTask(task_settings(lean))
+    undisturbed = task.run(records(STREAM)).forecasts
+    found = forecasts(broker, lean)
+    assert sum(map(len, found.values())) == len(undisturbed)
+    for row, sensor in enumerate(undisturbed.sensors):
+        said = next(v for v in found[sensor] if v["issued_at"] == undisturbed.issued_at_ms[row])
+        assert said["targets"]["value"]["mean"] == pytest.approx(undisturbed.mean[row, :, 0].tolist(), rel=1e-4)
+    assert {said["model"] for values in found.values() for said in values[-5:]} == {"online"}
+    learned = read_checkpoint(lean, 0).snapshot.partition  # type: ignore[union-attr]
+    assert learned["pooled.labels"] > 0
+    for name, value in task.table.partition.items():
+        assert learned[name] == pytest.approx(value, rel=1e-6), name
