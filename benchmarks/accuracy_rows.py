@@ -88,6 +88,7 @@ holdout = 0.05
 every = "30d"
 on_drift = false
 margin = 0.0
+epochs = 4
 """,
         ),
         Row(
@@ -112,6 +113,7 @@ holdout = 0.05
 every = "30d"
 on_drift = false
 margin = 0.0
+epochs = 4
 """,
         ),
         Row(
@@ -137,6 +139,7 @@ holdout = 0.05
 every = "18d"
 on_drift = false
 margin = 0.0
+epochs = 4
 """,
         ),
         Row(
@@ -155,6 +158,7 @@ holdout = 0.05
 every = "376d"
 on_drift = false
 margin = 0.0
+epochs = 4
 """,
         ),
     )

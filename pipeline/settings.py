@@ -424,8 +424,12 @@ class RetrainingSettings(Section, frozen=True):
     ] = field(name="cooldown", default=parse_duration("6h"))
     max_per_day: Annotated[int, Meta(description="Trainings begun in a day of event time, at most.", ge=1)] = 4
     epochs: Annotated[
-        int, Meta(description="Passes over the history, at most, where the champion's weights are the beginning.", ge=1)
-    ] = 4
+        int,
+        Meta(
+            description="Passes over the history, at most, where the champion's weights are the beginning; never more than training.epochs.",
+            ge=1,
+        ),
+    ] = 20
     max_steps: Annotated[
         int,
         Meta(

@@ -156,7 +156,7 @@ def _train(
             chunk_steps=training.chunk_steps,
             lanes=training.lanes,
             epochs=training.epochs,
-            warm_epochs=settings.retraining.epochs,
+            warm_epochs=min(training.epochs, settings.retraining.epochs),
             patience=training.patience,
             learning_rate=training.learning_rate,
             holdout=holdout or training.holdout,
