@@ -298,14 +298,17 @@ class Cascade:
 
     def _begin_anew(self, rows: Rows) -> None:
         """A sensor whose moves have become of another order of magnitude, up or down, and stay so (another unit, another range): what was
-        learned of it, its scale included, is forgotten. The median of a season's moves tells it: no spike does."""
+        learned of it, its scale included, is forgotten. Half of a season's moves tell it upwards, two thirds downwards: no spike does, and
+        no burst of what is mostly still."""
         ring = rows["memory.ring"][..., list(self.spec.targets)].astype(np.float64)
         season = look_back(self.spec)
         moves = np.abs(ring[:, -season:] - ring[:, -season - self.volatility.lag : -self.volatility.lag])
         known = np.asarray(np.isfinite(moves).all(axis=1))
-        usual = np.median(np.where(known[:, None], moves, 0.0), axis=1)
+        moves = np.sort(np.where(known[:, None], moves, 0.0), axis=1)
+        half, most = np.median(moves, axis=1), moves[:, 2 * season // 3]
         slow = np.sqrt(rows["volatility.square"][..., 0])
-        other = known & (usual > 0) & (slow > 0) & ((usual > ANOTHER_ORDER * slow) | (usual < slow / ANOTHER_ORDER))
+        unit = np.maximum(slow, self._units(rows)[0].reshape(slow.shape))
+        other = known & (slow > 0) & ((half > ANOTHER_ORDER * slow) | ((most > 0) & (most < unit / ANOTHER_ORDER)))
         alien = other.any(axis=1) & (rows["volatility.count"].min(axis=1) > 2 * season)
         if not alien.any():
             return
@@ -353,9 +356,10 @@ class Cascade:
         view = self._look(stretch).view
         followed = np.lib.stride_tricks.sliding_window_view(history[:, size - first + 1 :], horizon, axis=1)
         label = ((followed - stretch.anchor[..., None]) / slow[:, None, None]).astype(np.float32)
-        # A pair is due if its last label came since the last lesson, and its step stood on enough of a past.
+        # A pair is due if its last label came since the last lesson, its step stood on enough of a past, and the sensor is still the same.
         ordinal = rows["memory.steps"][:, None] - back
-        due = (back < (pending + horizon)[:, None]) & (ordinal > self._begin)
+        begun = rows["volatility.count"].min(axis=1)[:, None] > back
+        due = (back < (pending + horizon)[:, None]) & (ordinal > self._begin) & begun
         weight = np.repeat(due, len(targets), axis=0) * damping(view.full, stretch) ** 2
         moves = np.abs(view.full[..., CONSTANT + 1 : view.full.shape[-1] - self._calendar]).max(axis=2) > 0
         weight = np.where(

@@ -603,13 +603,14 @@ def changed(settings: Settings, values: Mapping[str, Any], source: str) -> Setti
             season for season in ForecastSettings().season_ms if season % hop_ms == 0 and season >= 2 * hop_ms
         ),
     }
+    explicit = ("forecast.season",)  # `[]` means none; in the others an empty value means that they follow
     for name, section in SECTIONS.items():
         defaults, given = section(), {}
         for info in msgspec.structs.fields(section):
             key, value = f"{name}.{info.encode_name}", getattr(getattr(settings, name), info.name)
             if key in left:
                 given[info.encode_name] = left.pop(key)
-            elif key in followed and value == followed[key] and settings.source_of(key) == "default":
+            elif key in followed and value == followed[key] and not (key in explicit and key in settings.sources):
                 continue
             elif key in sources or value != getattr(defaults, info.name):
                 given[info.encode_name] = shown(value)

@@ -92,6 +92,7 @@ def challenge(
     new behaviour must have seen some of it.
 
     Raises DeploymentError where the history is too short to train on."""
+    spec = learned_spec(spec, sequences, champion)
     trained = _train(
         settings, spec, sequences, network_of(champion), progress, _holdout(settings, sequences, changed_ms)
     )

@@ -45,7 +45,7 @@ def daily_fleet(
 
 def readings(values: np.ndarray, names: Sequence[str] | None = None, *, first: int = 0, start: int = 0) -> Readings:
     """(T, S) -> one reading a step and sensor in the order of time; NaN: none. first: offset; start: step of the first row."""
-    steps, sensors = values.shape
+    sensors = values.shape[1]
     ids = [name.encode() for name in names or [f"pump-{s}" for s in range(sensors)]]
     step, sensor = np.nonzero(~np.isnan(values))
     offsets = first + step.astype(np.int64) * sensors + sensor
@@ -71,7 +71,8 @@ class Said:
 
     def squared_error(self, truth: np.ndarray, unit: np.ndarray | float = 1.0) -> np.ndarray:
         """(T, S, H) of the labels that are known; truth: (T, S)."""
-        return ((labels(truth, self.mean.shape[2]) - self.mean) / np.reshape(unit, (1, -1, 1))) ** 2
+        error = labels(truth, self.mean.shape[2]) - self.mean
+        return np.asarray((error / np.reshape(unit, (1, -1, 1))) ** 2)
 
     def coverage(self, truth: np.ndarray) -> np.ndarray:
         """(T, S, H) 1 where the truth lies between the outermost quantiles."""
@@ -103,11 +104,15 @@ def gathered(outputs: Sequence[TaskOutput], steps: int, names: Sequence[str]) ->
     return Said(mean, quantiles, status)
 
 
-def said_of(values: np.ndarray, settings: TaskSettings | None = None, task: ForecastTask | None = None) -> Said:
-    """A fresh task (or this one) run through all of it at once, the last window closed at the end."""
+def said_of(
+    values: np.ndarray, settings: TaskSettings | None = None, task: ForecastTask | None = None, *, start: int = 0
+) -> Said:
+    """A fresh task (or this one, which stands before step `start`) run through all of it at once, the last window closed at the end."""
     task = task or ForecastTask(settings or lean_settings())
-    outputs = [task.take("t", 0, readings(values)), task.finish("t", 0, values.size)]
-    return gathered(outputs, len(values), [f"pump-{s}" for s in range(values.shape[1])])
+    steps, sensors = values.shape
+    log = readings(values, first=start * sensors, start=start)
+    outputs = [task.take("t", 0, log), task.finish("t", 0, (start + steps) * sensors)]
+    return gathered(outputs, start + steps, [f"pump-{s}" for s in range(sensors)])
 
 
 def unfit(task: ForecastTask) -> list[str]:

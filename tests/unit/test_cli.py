@@ -107,12 +107,17 @@ def test_config_show_says_where_each_value_came_from(monkeypatch):
     assert rows["model.cell"] == ("gru", "default")
 
 
-def test_config_show_ends_with_what_the_state_of_one_sensor_takes():
-    from pipeline.service.assembly import bytes_per_sensor
+def test_config_show_ends_with_what_the_state_of_one_sensor_takes_in_each_profile():
+    from pipeline.service.assembly import bytes_by_profile, bytes_per_sensor
     from pipeline.settings import Settings
 
-    last = json.loads(millrace("config", "show", "--format", "json").stdout)[-1]
-    assert last["value"] == sum(bytes_per_sensor(Settings()).values()) > 0
+    last = json.loads(millrace("config", "show", "--format", "json").stdout)[-3:]
+    expected = bytes_by_profile(Settings())
+    assert [row["key"] for row in last] == [f"(state, bytes per sensor: {profile})" for profile in expected]
+    assert list(expected) == ["base", "lean", "accuracy"]
+    assert [row["value"] for row in last] == list(expected.values())
+    assert last[0]["value"] == sum(bytes_per_sensor(Settings()).values()) < last[1]["value"] < last[2]["value"]
+    assert [row["source"] for row in last] == ["computed, in force", "computed", "computed"]
 
 
 def test_a_table_in_a_pipe_is_not_cut():

@@ -11,7 +11,7 @@ import pytest
 
 from models.sequences import Sequences
 from pipeline.service.assembly import task_settings
-from pipeline.service.fitting import Challenge, challenge
+from pipeline.service.fitting import Challenge, challenge, learned_spec
 from pipeline.settings import Settings, load
 
 HOUR = 3_600_000
@@ -114,3 +114,56 @@ def test_after_a_change_no_more_than_half_of_what_is_new_is_held_back(settings: 
     assert found.model.holdout_from_ms == last - 10 * HOUR
     usual = challenge(settings, task_settings(settings).spec, whole, None, changed_ms=HOUR)
     assert usual.model.holdout_from_ms == whole.split_ms(settings.training.holdout)
+
+
+# -- forecast.estimate_season
+
+
+def hourly(values: np.ndarray) -> Sequences:
+    """(T, S)"""
+    hours, sensors = values.shape
+    sensor = np.tile(np.arange(sensors, dtype=np.int32), hours)
+    end_ms = np.repeat((np.arange(hours) + 1) * HOUR, sensors)
+    return Sequences(sensor, end_ms, values.reshape(-1, 1), np.zeros(len(sensor), np.bool_))
+
+
+def days_and_weeks() -> Sequences:
+    """Days that are small at the end of the week."""
+    hours = np.arange(8 * 168)
+    course = np.where(hours // 24 % 7 >= 5, 0.3, 1.0) * (2 + np.sqrt(2) * np.sin(2 * np.pi * hours / 24))
+    return hourly(course[:, None] + 0.2 * np.random.default_rng(0).standard_normal((len(hours), 3)))
+
+
+def days() -> Sequences:
+    hours = np.arange(40 * 24)[:, None]
+    return hourly(np.sin(2 * np.pi * hours / 24) + 0.5 * np.random.default_rng(0).standard_normal((len(hours), 3)))
+
+
+def noise() -> Sequences:
+    return hourly(np.random.default_rng(0).standard_normal((1500, 3)))
+
+
+@pytest.mark.parametrize(("series", "expected"), [(days, (24,)), (days_and_weeks, (24, 168)), (noise, ())])
+def test_open_seasons_are_those_that_the_history_shows(series: Any, expected: tuple[int, ...]) -> None:
+    spec = task_settings(settings_with(forecast__estimate_season=True)).spec
+    assert (spec.seasons, spec.seasons_open) == ((8,), True)
+    found = learned_spec(spec, series(), None)
+    assert found == replace(spec, seasons=expected)
+    assert found.seasons_open
+
+
+def test_the_champions_seasons_are_kept_and_those_that_were_set_are_not_touched(champion: Challenge) -> None:
+    spec = task_settings(settings_with(forecast__estimate_season=True)).spec
+    served = champion.model.forecaster
+    assert served.spec.seasons == (8,)
+    assert learned_spec(replace(spec, seasons=(12,)), days_and_weeks(), served).seasons == (8,)
+    settled = replace(spec, seasons_open=False)
+    assert learned_spec(settled, days_and_weeks(), None) is settled
+
+
+def test_a_challenger_has_the_champions_seasons_where_they_are_open(champion: Challenge) -> None:
+    settings = settings_with(forecast__estimate_season=True, forecast__season=["12h"], training__epochs=1)
+    found = challenge(settings, task_settings(settings).spec, history(), champion.model.forecaster)
+    assert found.model.forecaster.spec.seasons == (8,)
+    assert [figures.name for figures in found.figures][:2] == ["challenger", "champion"]
+    assert found.parent == champion.version

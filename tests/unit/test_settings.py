@@ -136,7 +136,7 @@ def test_variables_that_are_no_settings_are_left_alone():
         ('[forecast]\nseason = ["1h"]', ['forecast.season = ["1h"]', "2 steps or more", "season = []"]),
         ('[forecast]\nseason = ["150m"]', ['forecast.season = ["150m"]', 'multiples of windows.hop = "1h"']),
         ('[forecast]\nseason = ["7d", "1d"]', ['forecast.season = ["7d","1d"]', "ascending"]),
-        ('[forecast]\nprofile = "lean"', ['forecast.profile = "lean"', "later version"]),
+        ('[forecast]\nprofile = "leen"', ['forecast.profile = "leen"', 'did you mean "lean"?']),
         ('[model]\ncell = "gruu"', ['model.cell = "gruu"', 'did you mean "gru"?']),
         ('[topics]\ndomain = "a b"', ['topics.domain = "a b"', "letters, digits"]),
         ('[topics]\nforecasts = "plant.readings.v1"', ["topics.forecasts", "another topic than topics.readings"]),
@@ -342,6 +342,20 @@ def test_what_was_set_does_not_follow() -> None:
     assert after.windows.hop_ms == 300_000
     assert after.kafka.group_id == "mine"
     assert after.readings.targets == ("b",)
+
+
+def test_no_season_that_was_asked_for_stays_none_where_none_is_the_default_too() -> None:
+    """A day has no season of 24 hours: what was set to none looks like what follows from the window."""
+    none = parse('[windows]\nsize="1d"\n[forecast]\nseason=[]')
+    for values in ({"forecast.horizon": 3}, {"windows.size": "1h"}):
+        assert changed(none, values, "the data").forecast.season_ms == ()
+    follows = parse('[windows]\nsize="1d"')
+    assert changed(follows, {"windows.size": "1h"}, "the data").forecast.season_ms == (86_400_000,)
+
+
+@pytest.mark.parametrize("profile", ["base", "lean", "accuracy"])
+def test_each_profile_is_there(profile: str) -> None:
+    assert parse(f'[forecast]\nprofile = "{profile}"').forecast.profile == profile
 
 
 def test_what_was_set_otherwise_twice_says_who_did_it_last() -> None:

@@ -28,6 +28,25 @@ def test_sensors_get_slots_in_order_of_first_appearance_and_keep_them_while_the_
     assert table.sensors[:3] == [b"b", b"a", b"s0"]
 
 
+def test_names_are_the_sensors_ids_as_texts_however_the_table_grew() -> None:
+    table = make_table()
+    first = table.slots(["Pumpe-Süd".encode(), b"a"])
+    assert table.names(first[::-1]) == ["a", "Pumpe-Süd"]
+    later = table.slots([b"s%d" % i for i in range(500)] + [b"a"])
+    assert table.names(later) == [f"s{i}" for i in range(500)] + ["a"]
+    assert table.names(first) == ["Pumpe-Süd", "a"]
+    assert table.names(np.empty(0, np.int32)) == []
+
+
+def test_names_are_those_of_what_was_restored() -> None:
+    table, other = make_table(), make_table()
+    table.names(table.slots([b"old-1", b"old-2", b"old-3"]))
+    other.slots([b"new-1", b"new-2"])
+    table.restore(other.snapshot())
+    assert table.names(np.array([1, 0], np.int32)) == ["new-2", "new-1"]
+    assert table.names(table.slots([b"new-3", b"new-1"])) == ["new-3", "new-1"]
+
+
 def test_gathered_rows_are_copies_until_they_are_scattered() -> None:
     table = make_table()
     slots = table.slots([b"a", b"b"])
