@@ -426,7 +426,8 @@ class RetrainingSettings(Section, frozen=True):
     epochs: Annotated[
         int,
         Meta(
-            description="Passes over the history, at most, where the champion's weights are the beginning; never more than training.epochs.",
+            description="Passes over the history, at most, where the champion's weights are the beginning; never more than "
+            "training.epochs.",
             ge=1,
         ),
     ] = 20
