@@ -30,6 +30,18 @@ def alter(broker: RunningBroker, topic: str, **configs: str) -> None:
     )
     with KafkaAdminClient(bootstrap_servers=broker.bootstrap_servers) as admin:
         assert admin.alter_configs([resource])["topic"][topic] == "OK"
+        # The controller has answered; what it wrote takes a moment to reach the broker that is asked next.
+        deadline = time.monotonic() + 20
+        while not shown(admin, topic).items() >= {k.replace("_", "."): v for k, v in configs.items()}.items():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def shown(admin: KafkaAdminClient, topic: str) -> dict[str, str]:
+    """A topic's settings as the broker has them now."""
+    resource = ConfigResource(ConfigResourceType.TOPIC, topic)
+    found = admin.describe_configs([resource], config_filter="all")["topic"][topic]
+    return {key: entry["value"] for key, entry in found.items()}
 
 
 def test_what_create_makes_passes_the_check(settings):
