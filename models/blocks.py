@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from models.forecaster import StepBlock
 
-STEP_BUCKETS = (1, 8, 64)
+STEP_BUCKETS = (1, 8, 24, 64)
 """Sensors whose numbers of steps fall into one bucket share a block; compiled forecasters pad to the same sizes."""
 
 

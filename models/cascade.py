@@ -24,7 +24,7 @@ from models.regression import LABELS, OwnRidge, PooledRidge
 from models.rnn import RNNForecaster
 from models.scaling import RunningScale
 from models.seasonal_average import SeasonalAverage
-from models.stages import Float32, Lesson, Shared, View
+from models.stages import Float32, Lesson, Shared, Stage, View
 from models.volatility import Volatility
 
 Float64 = NDArray[np.float64]
@@ -98,7 +98,6 @@ class Cascade:
         reach = max(plan.reach for plan in self._plans)
         self.ring_steps = reach + horizon + self.epoch_steps
         """What it asks `SeriesMemory` to remember."""
-        self.reach = reach
         self.average = SeasonalAverage(spec, self.ring_steps)
         self._begin = max((last for _, last in self._plans[0].averages), default=8)
         """Steps of a sensor before it is learned from."""
@@ -335,7 +334,7 @@ class Cascade:
         pairs, horizon = self.epoch_steps, self.spec.horizon
         targets = list(self.spec.targets)
         ring = rows["memory.ring"][..., targets].astype(np.float64)
-        anchors = _series(self._anchors(rows, ring))
+        anchors = _series(self._anchors(ring))
         history = _series(ring)
         size = history.shape[1]
         first = pairs + horizon
@@ -374,7 +373,7 @@ class Cascade:
         ring = rows["memory.ring"][..., list(self.spec.targets)].astype(np.float64)
         batch, _, targets = ring.shape
         unit = np.maximum(self._units(rows)[0], TINY).reshape(batch, 1, targets)
-        distances = Distances(ring / unit, self._anchors(rows, ring) / unit)
+        distances = Distances(ring / unit, self._anchors(ring) / unit)
         steps = rows["memory.steps"].astype(np.int64)
         self.mixture.forget(rows, pending)
         for number, stride in enumerate(self.said.stride.tolist()):
@@ -388,7 +387,7 @@ class Cascade:
         slow, fast = self.volatility.now(rows, scale[:, list(self.spec.targets)])
         return slow.reshape(-1), fast.reshape(-1)
 
-    def _anchors(self, rows: Rows, ring: Float64) -> Float64:
+    def _anchors(self, ring: Float64) -> Float64:
         """(B, R, K) the value known last at each step of the ring, NaN before the first."""
         if not np.isnan(ring).any():
             return ring
@@ -404,7 +403,7 @@ def epoch_steps(horizon: int) -> int:
     return min(EPOCH_STEPS, max(4, horizon))
 
 
-def _stages(spec: SeriesSpec, plans: tuple[LagPlan, LagPlan], epoch: int) -> tuple[PooledRidge | OwnRidge, ...]:
+def _stages(spec: SeriesSpec, plans: tuple[LagPlan, LagPlan], epoch: int) -> tuple[Stage, ...]:
     full, small = plans
     targets, horizon = len(spec.targets), spec.horizon
     pooled = PooledRidge(full.size, horizon, targets, epoch)

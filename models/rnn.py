@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from models.blocks import STEP_BUCKETS
 from models.features import Context, input_size, rnn_inputs, scaled_inputs
 from models.forecaster import Column, Prediction, Rows, SeriesSpec, StepBlock
 from models.lags import ground_size
@@ -24,7 +25,6 @@ from models.lags import ground_size
 Float32 = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 
-STEP_BUCKETS = (1, 8, 24, 64)
 ROW_BUCKETS = (1, 16, 64, 256, 1024, 4096)
 MAX_CELLS = 16384
 """Rows times steps of one call: beyond it the outputs leave the cache and nothing is gained."""

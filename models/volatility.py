@@ -32,7 +32,6 @@ class Volatility:
     def __init__(self, spec: SeriesSpec) -> None:
         self.spec = spec
         self.lag = max(1, look_back(spec) // 4)
-        self.reach = self.lag + 1
         season = spec.seasons[0] if spec.seasons else LOOK_BACK
         self._gains = np.array([1 / (SLOW_SEASONS * season), 1 / (FAST_SEASONS * season)])
 

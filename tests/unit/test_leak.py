@@ -9,7 +9,7 @@ import pytest
 from benchmarks import accuracy_leak
 from benchmarks.accuracy_leak import Leak, leak, noisy
 from benchmarks.accuracy_rows import TIME_COLUMN
-from pipeline.settings import Settings, parse
+from pipeline.settings import Settings, changed, parse
 
 HOUR = 3_600_000
 START = 1_735_689_600_000
@@ -58,8 +58,11 @@ def time_ms(hour: int) -> int:
 
 
 @pytest.mark.keras
-def test_noise_after_a_cutoff_changes_no_bit_of_what_was_said_before_it(settings: Settings) -> None:
-    found = leak(settings, rhythms(), time_ms(FROM), time_ms(CUTOFF))
+@pytest.mark.parametrize("profile", ["base", "lean"])
+def test_noise_after_a_cutoff_changes_no_bit_of_what_was_said_before_it(settings: Settings, profile: str) -> None:
+    found = leak(
+        changed(settings, {"forecast.profile": profile}, "the test"), rhythms(), time_ms(FROM), time_ms(CUTOFF)
+    )
     found.require_none()
     forecasts = 8 * (CUTOFF - FROM + 1) * 4
     columns = ("status", "Millrace", "Millrace-q0.1", "Millrace-q0.5", "Millrace-q0.9", "LastValue", "SeasonalNaive")
