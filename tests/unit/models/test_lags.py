@@ -247,7 +247,7 @@ def test_what_is_remembered_reaches_to_the_furthest_lag_of_the_oldest_pair(one):
         assert cascade.ring_steps >= oldest + plan.reach
     assert cascade.ring_steps >= oldest + ANCHOR_STEPS
     assert cascade.average.steps == 0 or cascade.average.steps >= oldest + full_plan(one).reach
-    assert Volatility(one).reach <= look_back(one) + 1
+    assert Volatility(one).lag <= look_back(one)
 
 
 @pytest.mark.parametrize("one", SPECS, ids=str)
